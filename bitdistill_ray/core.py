@@ -80,6 +80,14 @@ class Rounding(StrEnum):
     HALF_AWAY = "half-away"  # the BitDistiller trainer's
 
 
+class Payload(StrEnum):
+    """What a teacher puts on the wire for every position."""
+
+    HIDDEN = "hidden"  # its last hidden state: exact full-vocabulary KL through a frozen copy of its LM head
+    TOPK = "topk"  # its S likeliest tokens
+    LOGITS = "logits"  # all of them: the numerical reference
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
     """The only truth about a weight's format, for training, export, kernels and serving.
