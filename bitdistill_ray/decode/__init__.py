@@ -1,1 +1,1 @@
-"""Decoding: the `Decoder` that serving, generation, evaluation and benchmarks drive, and what turns logits into text."""
+"""Decoding: the `Decoder` that serving, generation, evaluation and benchmarks drive, and the way from logits to text."""
