@@ -14,7 +14,7 @@ torch.set_num_threads(2)
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server that lives as long as the session; credentials and region are in the environment meanwhile."""
+    """URL of an S3 server for the whole session; credentials and region are in the environment meanwhile."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

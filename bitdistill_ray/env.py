@@ -1,0 +1,24 @@
+"""The environment variables that this package reads; no other file reads any.
+
+| variable | meaning | default |
+|---|---|---|
+| BITDISTILL_CACHE | folder for downloaded models and other things that can be made again | ~/.cache/bitdistill-ray |
+| AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL | S3 server other than AWS (MinIO, Ceph, R2 …) | AWS |
+
+Credentials and the region of S3 are read by its own client libraries.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept (not created here)."""
+    return Path(os.environ.get("BITDISTILL_CACHE") or "~/.cache/bitdistill-ray").expanduser()
+
+
+def s3_endpoint_url() -> str | None:
+    """URL of the S3 server, or None for AWS."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None

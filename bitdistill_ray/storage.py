@@ -1,0 +1,289 @@
+"""One small layer over local folders and object stores, so that no other part knows which of them it talks to.
+
+fsspec carries the bytes (any URL it knows), and `arrow_filesystem` opens the same place for pyarrow's readers, which
+are faster on S3.  Two promises hold everywhere.  A reader sees a whole file or none: a local write is renamed into
+place, an object appears when its upload ends.  And a folder is whole or visibly not: `upload_folder` writes the
+manifest `.complete.json` (name -> bytes) last, and removes an old one first.
+
+What a store refuses becomes a StorageError that keeps the store's own words.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import posixpath
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
+
+from bitdistill_ray import env
+from bitdistill_ray.errors import StorageError
+
+MANIFEST = ".complete.json"
+
+LOCAL_PROTOCOLS = ("file", "local")
+S3_PROTOCOLS = ("s3", "s3a")
+# Patient enough for a hiccup, short enough that a wrong endpoint is reported within half a minute.
+S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}}
+
+# What the words of a store mean: (any of these phrases in the error's text) -> (what, remedy).
+NO_BUCKET = "no such bucket"
+NO_SPACE = "Free some space, or choose another disk (BITDISTILL_CACHE for downloads, run.storage for runs)"
+REFUSALS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("nosuchbucket", "no_such_bucket", "bucket does not exist"), NO_BUCKET,
+     "Create the bucket, or correct its name and the endpoint"),
+    (("unable to locate credentials", "no credentials", "partial credentials"), "no credentials for this store",
+     "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, attach a role, or set storage.anonymous=true"),
+    (("accessdenied", "access_denied", "access denied", "forbidden", "invalidaccesskeyid", "signaturedoesnotmatch",
+      "permission denied", "expiredtoken"), "access denied", "Check the credentials and that they may use this path"),
+    (("could not connect", "connection refused", "network_connection", "name or service not known",
+      "connect timeout", "connection was closed"), "cannot reach the store",
+     "Check the endpoint (storage.endpoint_url, AWS_ENDPOINT_URL) and the network"),
+    (("entitytoolarge", "quotaexceeded", "no space left", "disk quota exceeded", "xminiostoragefull"),
+     "no space left", NO_SPACE),
+)  # fmt: skip
+
+
+@contextmanager
+def storage_errors(where: str) -> Iterator[None]:
+    """Turn what a disk, an object store or pyarrow raises about `where` into a StorageError with its words."""
+    try:
+        yield
+    except (OSError, BotoCoreError, ClientError) as error:
+        words = _words(error)
+        what, remedy = _refusal(error, words)
+        raise StorageError(where, f"{what}: {words}", remedy) from error
+
+
+def _words(error: BaseException) -> str:
+    """The messages of an error and its causes, each once."""
+    words: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause) or type(cause).__name__
+        if not any(text in known for known in words):
+            words.append(text)
+        cause = cause.__cause__
+    return "; ".join(words).rstrip(".")
+
+
+def _refusal(error: BaseException, words: str) -> tuple[str, str]:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space left", NO_SPACE
+    for phrases, what, remedy in REFUSALS:
+        if any(phrase in words.lower() for phrase in phrases):
+            return what, remedy
+    if isinstance(error, PermissionError):
+        return "access denied", "Check the permissions of this path"
+    if isinstance(error, FileNotFoundError):
+        return "does not exist", "Check the path"
+    return "the store failed", "Try again; if it stays, check the store's health and your rights"
+
+
+class Storage:
+    """The folder at `url`: a local path, `file://`, `s3://bucket/prefix` or any other URL that fsspec knows.
+
+    Paths given to the methods are relative to it, with forward slashes; "" is the folder itself.  Instances hold no
+    connection and can be pickled.  `endpoint_url` (default: AWS_ENDPOINT_URL), `anonymous` and `region` apply to S3;
+    credentials come from where S3 clients look for them.
+
+    Raises StorageError from every method: no such bucket, access denied, unreachable, no space left, not found.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        endpoint_url: str | None = None,
+        anonymous: bool = False,
+        region: str | None = None,
+    ) -> None:
+        text = os.fspath(url)
+        protocol, separator, rest = text.partition("://")
+        self.protocol = protocol if separator else "file"
+        self.is_local = self.protocol in LOCAL_PROTOCOLS
+        self.url = str(Path(rest if separator else text).expanduser().absolute()) if self.is_local else text.rstrip("/")
+        self.endpoint_url = endpoint_url or (env.s3_endpoint_url() if self.protocol in S3_PROTOCOLS else None)
+        self.anonymous, self.region = anonymous, region
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def child(self, path: str) -> Storage:
+        """The folder `path` below this one, with the same options."""
+        return Storage(self.url_of(path), endpoint_url=self.endpoint_url, anonymous=self.anonymous, region=self.region)
+
+    def url_of(self, path: str) -> str:
+        """The full URL (or local path) of a path."""
+        return f"{self.url}/{path}" if path else self.url
+
+    def _fs(self) -> Any:
+        """fsspec's filesystem; fsspec keeps one per process, thread and options."""
+        options: dict[str, Any] = {}
+        if self.protocol in S3_PROTOCOLS:
+            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": S3_CLIENT,
+                       "client_kwargs": {"region_name": self.region}, "use_listings_cache": False}  # fmt: skip
+        try:
+            return fsspec.filesystem(self.protocol, **options)
+        except (ValueError, ImportError) as error:
+            raise StorageError(self.url, str(error), "Use a local path or s3://, or install fsspec's driver") from error
+
+    def _key(self, path: str) -> str:
+        """The path as fsspec's filesystem names it."""
+        return str(self._fs()._strip_protocol(self.url_of(path)))
+
+    def exists(self, path: str = "") -> bool:
+        """True for a file, and for a folder with something in it (or an empty local one)."""
+        with storage_errors(self.url_of(path)):
+            try:
+                self._fs().info(self._key(path))
+            except FileNotFoundError as error:
+                if _refusal(error, _words(error))[0] == NO_BUCKET:
+                    raise
+                return False
+            return True
+
+    def list(self, prefix: str = "") -> list[str]:
+        """All files below the folder `prefix`, sorted; paths relative to this storage.  Empty if there is none."""
+        return sorted(self.stamps(prefix))
+
+    def stamps(self, prefix: str = "") -> dict[str, str]:
+        """What tells one version of each file below `prefix` from another: size, and the ETag where there is one."""
+        key = self._key(prefix)
+        with storage_errors(self.url_of(prefix)):
+            found = self._fs().find(key, detail=True)
+        stamps = {}
+        for name, info in found.items():
+            relative = posixpath.relpath(name, key)
+            if relative in (".", MANIFEST) or name.endswith("/"):
+                continue
+            if ".." in relative.split("/"):
+                raise StorageError(self.url_of(prefix), f"holds an object named {name!r}", "Rename or delete it")
+            etag = str(info.get("ETag", "")).strip('"')
+            stamps[posixpath.join(prefix, relative)] = f"{info['size']}:{etag}"
+        return stamps
+
+    def read_bytes(self, path: str) -> bytes:
+        """The content of a file."""
+        with storage_errors(self.url_of(path)):
+            return bytes(self._fs().cat_file(self._key(path)))
+
+    def write_bytes(self, path: str, content: bytes) -> None:
+        """Write or replace a file; a reader, or a crash, sees the old content or the new, nothing between."""
+        with storage_errors(self.url_of(path)):
+            if not self.is_local:
+                self._fs().pipe_file(self._key(path), content)
+                return
+            target = Path(self._key(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_sibling(target)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def delete(self, path: str) -> None:
+        """Remove a file or a folder with all in it; nothing happens where there is none."""
+        with storage_errors(self.url_of(path)):
+            try:
+                self._fs().rm(self._key(path), recursive=True)
+            except FileNotFoundError:
+                return
+
+    def upload_folder(self, local: str | os.PathLike[str], path: str = "") -> None:
+        """Copy a local folder to `path`, replacing files of the same name; the manifest is written last."""
+        source = Path(local)
+        with storage_errors(str(source)):
+            sizes = {
+                file.relative_to(source).as_posix(): file.stat().st_size
+                for file in sorted(source.rglob("*"))
+                if file.is_file() and file.name != MANIFEST
+            }
+        if not sizes:
+            raise StorageError(str(source), "no file to upload", "Check the folder")
+        self.delete(posixpath.join(path, MANIFEST))
+        with storage_errors(self.url_of(path)):
+            targets = [self._key(posixpath.join(path, name)) for name in sizes]
+            if self.is_local:
+                for folder in {posixpath.dirname(target) for target in targets}:
+                    os.makedirs(folder, exist_ok=True)
+            self._fs().put([str(source / name) for name in sizes], targets)
+        self.write_bytes(posixpath.join(path, MANIFEST), json.dumps({"files": sizes}, indent=1).encode())
+
+    def is_complete(self, path: str = "") -> bool:
+        """True where `upload_folder` came to its end and every file still has its size."""
+        manifest = posixpath.join(path, MANIFEST)
+        if not self.exists(manifest):
+            return False
+        sizes = json.loads(self.read_bytes(manifest))["files"]
+        present = {posixpath.relpath(name, path or "."): stamp for name, stamp in self.stamps(path).items()}
+        return all(present.get(name, "").startswith(f"{size}:") for name, size in sizes.items())
+
+    def download_folder(self, path: str, local: str | os.PathLike[str], *, complete: bool = False) -> None:
+        """Copy the folder `path` to a local one, which appears whole or not at all and replaces what was there.
+
+        `complete` insists on the manifest of `upload_folder`, and copies what the manifest names; without it all files
+        are copied.
+        """
+        if complete and not self.is_complete(path):
+            raise StorageError(self.url_of(path), "an upload that was never finished", "Delete it, or upload it again")
+        if complete:
+            names = sorted(json.loads(self.read_bytes(posixpath.join(path, MANIFEST)))["files"])
+        else:
+            names = [posixpath.relpath(name, path or ".") for name in self.list(path)]
+        if not names:
+            raise StorageError(self.url_of(path), "no such folder, or nothing in it", "Check the URL and its prefix")
+        target = Path(local)
+        with storage_errors(str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = temporary_sibling(target)
+        try:
+            with storage_errors(self.url_of(path)):
+                for folder in {(temporary / name).parent for name in names}:
+                    folder.mkdir(parents=True, exist_ok=True)
+                self._fs().get([self._key(posixpath.join(path, n)) for n in names], [str(temporary / n) for n in names])
+            with storage_errors(str(target)):
+                replace_folder(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def arrow_filesystem(self) -> tuple[Any, str]:
+        """(pyarrow filesystem, path of this folder in it), for pyarrow's readers and Ray; use in `storage_errors`."""
+        from pyarrow import fs
+
+        with storage_errors(self.url):
+            if self.is_local:
+                return fs.LocalFileSystem(), self.url
+            if self.protocol in S3_PROTOCOLS:
+                options = {"endpoint_override": self.endpoint_url, "region": self.region, "anonymous": self.anonymous}
+                s3 = fs.S3FileSystem(**{name: option for name, option in options.items() if option}, connect_timeout=10)
+                return s3, self._key("")
+            return fs.PyFileSystem(fs.FSSpecHandler(self._fs())), self._key("")
+
+
+def temporary_sibling(target: Path) -> Path:
+    """A hidden, unused name beside `target`, from which a rename into place is atomic."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Put the folder `new` in the place of `target` by renaming (both on one filesystem); an old target is removed."""
+    if target.exists():
+        old = temporary_sibling(target)
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(target)
