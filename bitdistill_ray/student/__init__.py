@@ -1,0 +1,1 @@
+"""The student's side: Ray Train workers under DeepSpeed ZeRO that learn from a teacher pool."""

@@ -1,0 +1,71 @@
+"""One student as a DeepSpeed engine: the optimiser, the learning-rate schedule, the ZeRO configuration.
+
+DeepSpeed keeps fp32 master weights behind a bf16 or fp16 working copy (tiny updates of ternary weights would round away
+otherwise); the quantiser sees the working copy, in training as in evaluation and export.  The optimiser is torch's, so
+that no compiler is needed at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from bitdistill_ray.config import StudentConfig, TrainStage
+
+
+def start_engine(
+    module: nn.Module, *, stage: TrainStage, student: StudentConfig, steps: int, dtype: torch.dtype
+) -> Any:
+    """Wrap `module` for training; torch.distributed must be initialised (Ray Train has done it)."""
+    decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=stage.learning_rate,
+        betas=stage.betas,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, stage))
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=zero_config(stage, student, dtype)
+    )
+    return engine
+
+
+def learning_rate(step: int, steps: int, stage: TrainStage) -> float:
+    """The factor on the learning rate of optimiser step `step` (from 0) of `steps`: a linear rise, then the schedule."""
+    rise = max(1, round(stage.warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    progress = (step - rise) / max(1, steps - rise)
+    match stage.schedule:
+        case "constant":
+            return 1.0
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        case "linear":
+            return max(0.0, 1 - progress)
+
+
+def accumulation(stage: TrainStage, student: StudentConfig) -> int:
+    """Micro-batches of one worker in one optimiser step."""
+    return math.ceil(stage.batch_sequences / (student.workers * student.micro_batch))
+
+
+def zero_config(stage: TrainStage, student: StudentConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    return {
+        "train_micro_batch_size_per_gpu": student.micro_batch,
+        "gradient_accumulation_steps": accumulation(stage, student),
+        "gradient_clipping": stage.clip_norm,
+        "zero_optimization": {"stage": student.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": dtype is torch.bfloat16},
+        "fp16": {"enabled": dtype is torch.float16},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,16 @@
+"""What a student asks a teacher for, per call: one teacher serves students with different wishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bitdistill_ray.core import Payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SignalRequest:
+    """`payload` for every position; `attention_layer`: also raw Q, K, V of that layer (negative counts from the end)."""
+
+    payload: Payload = Payload.HIDDEN
+    topk: int = 64
+    attention_layer: int | None = None
