@@ -176,6 +176,18 @@ class Storage:
         with storage_errors(self.url_of(path)):
             return bytes(self._fs().cat_file(self._key(path)))
 
+    def download_file(self, path: str, local: str | os.PathLike[str]) -> None:
+        """Copy one file to a local path, which appears whole or not at all."""
+        target = Path(local)
+        temporary = temporary_sibling(target)
+        try:
+            with storage_errors(self.url_of(path)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._fs().get_file(self._key(path), str(temporary))
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def write_bytes(self, path: str, content: bytes) -> None:
         """Write or replace a file; a reader, or a crash, sees the old content or the new, nothing between."""
         with storage_errors(self.url_of(path)):
@@ -271,6 +283,15 @@ class Storage:
                 s3 = fs.S3FileSystem(**{name: option for name, option in options.items() if option}, connect_timeout=10)
                 return s3, self._key("")
             return fs.PyFileSystem(fs.FSSpecHandler(self._fs())), self._key("")
+
+
+def read_text(url: str | os.PathLike[str]) -> str:
+    """The UTF-8 text of one file, local or at any URL."""
+    folder, _, name = os.fspath(url).rpartition("/")
+    try:
+        return Storage(folder or ("/" if os.fspath(url).startswith("/") else ".")).read_bytes(name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StorageError(os.fspath(url), f"is not UTF-8 text ({error})", "Save it as UTF-8") from None
 
 
 def temporary_sibling(target: Path) -> Path:

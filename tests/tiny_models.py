@@ -26,6 +26,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from bitdistill_ray.core import TokenBatch
+
 VOCAB_SIZE = 320
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -61,6 +63,8 @@ CASES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
         },
     ),
 }
+
+EVERY_CASE = tuple(CASES)
 
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -124,3 +128,22 @@ def save_tiny(folder: Path, case: str = "llama", *, seed: int = 0, **config: Any
     tiny_model(case, seed=seed, **config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def packed_batch(rows: list[list[int]], length: int, *, seed: int = 0) -> TokenBatch:
+    """Random documents packed into rows: `rows` gives the lengths of each row's documents; the rest is padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.full((len(rows), length), SIZES["pad_token_id"])
+    segment_BT = torch.full((len(rows), length), -1, dtype=torch.int32)
+    for row, lengths in enumerate(rows):
+        start = 0
+        for segment, tokens in enumerate(lengths):
+            ids_BT[row, start : start + tokens] = torch.randint(4, VOCAB_SIZE, (tokens,), generator=generator)
+            segment_BT[row, start : start + tokens] = segment
+            start += tokens
+    return TokenBatch(
+        ids_BT=ids_BT,
+        target_BT=segment_BT >= 0,
+        segment_BT=segment_BT,
+        sequence_ids=tuple(f"tiny#0#{row}" for row in range(len(rows))),
+    )

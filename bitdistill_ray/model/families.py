@@ -1,0 +1,72 @@
+"""What differs between the supported model families, as one table.  A new family is one more row.
+
+The four families of today share the names of their modules; what differs is the logit softcap of Gemma, and that its
+norms multiply by (1 + gain).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bitdistill_ray.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Names inside a Hugging Face causal LM of one `model_type`; module paths are relative to the whole model."""
+
+    model_type: str
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    attention: str = "self_attn"  # in a layer
+    linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    outputs: tuple[str, ...] = ("o_proj", "down_proj")  # write into the residual stream: SubLN's two places
+    softcap_key: str | None = None  # config key of c in logits = c tanh(logits / c)
+    norm_gain_offset: float = 0.0  # a block norm multiplies by offset + gain
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family(model_type="llama"),
+        Family(model_type="qwen2"),
+        Family(model_type="qwen3"),
+        Family(model_type="gemma3_text", softcap_key="final_logit_softcapping", norm_gain_offset=1.0),
+    )
+}
+
+
+def family_of(config: Any) -> Family:
+    """The row for a Hugging Face config.
+
+    Raises:
+        ModelError: a family that is not in the table.
+    """
+    model_type = str(getattr(config, "model_type", None))
+    if model_type not in FAMILIES:
+        raise ModelError(
+            getattr(config, "_name_or_path", "") or "the model",
+            f"is of family {model_type!r}",
+            f"Supported: {', '.join(FAMILIES)}; a new one is a row in bitdistill_ray/model/families.py",
+        )
+    return FAMILIES[model_type]
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer, first layer first."""
+    family = family_of(model.config)
+    layers = model.get_submodule(family.layers)
+    return [layer.get_submodule(family.attention) for layer in layers.children()]
+
+
+def decoder_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """(full name, linear) of every projection in the decoder layers, in the order of the model."""
+    family = family_of(model.config)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in family.linears:
+            yield name, module
