@@ -1,1 +1,1 @@
-"""Decoding: the `Decoder` that serving, generation, evaluation and benchmarks drive, and the way from logits to text."""
+"""Decoding: the `Decoder` that serving, generation and evaluation drive, and the road from logits to text."""
