@@ -1,0 +1,112 @@
+"""Reading units on a Ray cluster: Ray Data runs `read_unit` for many units at once and keeps their order.
+
+    from_items(tasks) ► map_batches(read, tokenise, pack; one task per unit, a generator) ► blocks, order preserved
+
+The plan is cut every TASKS_PER_DATASET units (passes follow each other in one plan), so that it stays small for a
+corpus of a million units and has enough to do in parallel for one of three.  Memory is bounded by small blocks: Ray
+Data lets a task run ahead of its reader by a few blocks only, and `concurrency` bounds how many tasks there are.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from bitdistill_ray.data.blocks import Block, UnitTask, read_unit
+from bitdistill_ray.data.encoder import Encoder
+from bitdistill_ray.data.sources import CorpusSpec
+from bitdistill_ray.data.units import Unit
+from bitdistill_ray.errors import BitdistillError
+
+TASKS_PER_DATASET = 1024
+TARGET_BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayReading:
+    """What the readers may use: `concurrency` units at a time (None: as many as there are free CPUs), and per unit
+    `cpus` and `memory` bytes (None: not accounted for)."""
+
+    concurrency: int | None = None
+    cpus: float = 1
+    memory: int | None = None
+
+
+def read_here(tasks: Iterator[UnitTask], corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
+    """Read tasks one after the other in this process."""
+    for task in tasks:
+        yield from read_unit(task, corpus, encoder)
+
+
+def read_on_ray(
+    tasks: Iterator[UnitTask], corpus: CorpusSpec, encoder: Encoder, reading: RayReading
+) -> Iterator[Block]:
+    """Read tasks with Ray Data; the blocks come in the order of the tasks, and those of `read_here` put together.
+
+    Raises the workers' own DataError and StorageError, not Ray's wrapping.
+    """
+    while chunk := list(islice(tasks, TASKS_PER_DATASET)):
+        blocks = _dataset(chunk, corpus, encoder, reading).iter_batches(batch_size=None, batch_format="numpy")
+        try:
+            yield from blocks
+        except RayError as error:
+            mendable = user_error(error)
+            if mendable is None:
+                raise
+            raise mendable from error
+
+
+def _dataset(tasks: list[UnitTask], corpus: CorpusSpec, encoder: Encoder, reading: RayReading) -> ray.data.Dataset:
+    dataset = ray.data.from_items([_to_row(task) for task in tasks], override_num_blocks=len(tasks))
+    context = dataset.context  # this dataset's own copy
+    context.execution_options = copy.copy(context.execution_options)
+    context.execution_options.preserve_order = True
+    context.target_max_block_size = TARGET_BLOCK_BYTES
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    return dataset.map_batches(
+        partial(_read_row, corpus=corpus, encoder=encoder),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=reading.cpus,
+        memory=reading.memory,
+        concurrency=reading.concurrency,
+    )
+
+
+def _read_row(row: dict[str, np.ndarray], corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
+    values = {name: array[0].item() if isinstance(array[0], np.generic) else array[0] for name, array in row.items()}
+    yield from read_unit(_from_row(values), corpus, encoder)
+
+
+def _to_row(task: UnitTask) -> dict[str, Any]:
+    return {"epoch": task.epoch, "ordinal": task.ordinal, "skip": task.skip, **asdict(task.unit)}
+
+
+def _from_row(row: dict[str, Any]) -> UnitTask:
+    task = {name: row.pop(name) for name in ("epoch", "ordinal", "skip")}
+    return UnitTask(**task, unit=Unit(**row))
+
+
+def user_error(error: BaseException) -> BitdistillError | None:
+    """The BitdistillError inside what Ray raised, or None if there is none."""
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        found = pending.pop()
+        if found is None or any(found is known for known in seen):
+            continue
+        if isinstance(found, BitdistillError) and not isinstance(found, RayError):
+            return found
+        seen.append(found)
+        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+    return None

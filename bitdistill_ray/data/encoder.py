@@ -1,0 +1,75 @@
+"""Text to token ids, the same in every worker.
+
+The driver loads the tokenizer once and ships its definition (the content of `tokenizer.json`); a worker rebuilds it
+from that, so that workers need neither the tokenizer's folder nor a network nor torch, and cannot hold another
+version of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from bitdistill_ray.errors import ModelError
+
+
+@lru_cache(maxsize=4)
+def _backend(definition: str) -> Any:
+    """The Rust tokenizer of a definition, built once per process."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(definition)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A fast tokenizer by its definition, and the token that ends a document."""
+
+    definition: str
+    end_id: int
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """int32 ids of each text, without any special token added around it."""
+        if not texts:
+            return []
+        encodings = _backend(self.definition).encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the definition and the end token."""
+        return hashlib.sha256(f"{self.end_id}\n{self.definition}".encode()).hexdigest()
+
+
+def load_encoder(tokenizer: str, *, end_token: str | None = None) -> Encoder:
+    """Load a fast tokenizer from a local folder or the Hugging Face hub.
+
+    `end_token` names the token that ends a document; None: the tokenizer's eos token.
+    Raises ModelError: not found, no fast tokenizer, no such token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        words = " ".join(str(error).split()).rstrip(".")
+        raise ModelError(tokenizer, f"no tokenizer: {words}", "Give a folder or a model id that has one") from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(tokenizer, "a tokenizer without a fast implementation",
+                         "Use a model whose folder has a tokenizer.json")  # fmt: skip
+    if end_token is None and loaded.eos_token is None:
+        raise ModelError(tokenizer, "a tokenizer without an eos token", "Name the token that ends a document")
+    end = end_token or str(loaded.eos_token)
+    end_id = backend.token_to_id(end)
+    if end_id is None:
+        raise ModelError(tokenizer, f"no token {end!r}", "Name a token of its vocabulary")
+    return Encoder(definition=str(backend.to_str()), end_id=int(end_id))

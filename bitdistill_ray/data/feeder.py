@@ -1,0 +1,177 @@
+"""The feeder: one place that hands the ranks their share of every optimizer step.
+
+The global batch of step s is the next `sequences_per_step` sequences of the stream, whatever the number of ranks; a
+rank asks for its share of a step, as often as it likes and in any order within the last `keep_steps` steps, so a
+retried or late request gets the same answer.  Steps are made ahead in a thread.  `state(step)` is the ledger after that
+step, to be saved with the weights of that step; a feeder made with it goes on exactly there.
+
+A plain class, so that it also runs inside a process; `start_feeder` wraps it as a Ray actor.  An actor that dies is
+restarted where its ledger was when it was made, and reads forward to the step that is asked for: slow, but the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from bitdistill_ray.data.batch import BatchArrays, share, stack
+from bitdistill_ray.data.blocks import Block, UnitTask
+from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray
+from bitdistill_ray.data.encoder import load_encoder
+from bitdistill_ray.data.ledger import Cursor, Ledger, corpus_fingerprint
+from bitdistill_ray.data.prefetch import Prefetcher
+from bitdistill_ray.data.sources import CorpusSpec
+from bitdistill_ray.data.stream import Stream
+from bitdistill_ray.data.units import list_units
+from bitdistill_ray.errors import ConfigError, DataError
+
+STREAM = "corpus"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The global batch of one optimizer step, and the ledger after it."""
+
+    arrays: BatchArrays
+    after: Ledger
+
+
+class Feeder:
+    """Hands out the batches of a corpus, step by step.
+
+    corpus              what decides the sequences and their order
+    sequences_per_step  sequences of one optimizer step, over all ranks and micro-batches
+    ledger              `state(step)` of an earlier run, to go on after it; None: from the start
+    reading             how to read on the Ray cluster; None: in this process
+    prefetch_steps      steps made ahead
+    keep_steps          steps that can be asked for again; ranks may be so far apart
+
+    Making one touches nothing; `open`, or the first request, lists the corpus and may raise.
+    """
+
+    def __init__(
+        self,
+        corpus: CorpusSpec,
+        *,
+        sequences_per_step: int,
+        ledger: Mapping[str, Any] | None = None,
+        reading: RayReading | None = None,
+        prefetch_steps: int = 2,
+        keep_steps: int = 32,
+    ) -> None:
+        for key, value in (("sequences_per_step", sequences_per_step), ("keep_steps", keep_steps)):
+            if value < 1:
+                raise ConfigError(f"data.{key}", f"{value}", "Give at least 1")
+        self.corpus, self.sequences_per_step = corpus, sequences_per_step
+        self.prefetch_steps, self.keep_steps = prefetch_steps, keep_steps
+        self._reading = reading
+        self._resume_from = ledger
+        self._stream: Stream | None = None
+        self._steps: Prefetcher[Step] | None = None
+        self._kept: dict[int, Step] = {}
+        self._lock = threading.RLock()
+
+    def open(self) -> dict[str, Any]:
+        """List the corpus, check the ledger and begin to read; returns the ledger as it stands.
+
+        Raises DataError (nothing to read, or the corpus changed since the ledger was written), StorageError and
+        ModelError (the tokenizer).  Calling it again does nothing.
+        """
+        with self._lock:
+            if self._stream is None:
+                encoder = load_encoder(self.corpus.tokenizer, end_token=self.corpus.end_token)
+                units = list_units(self.corpus)
+                reader = partial(_read, corpus=self.corpus, encoder=encoder, reading=self._reading)
+                fingerprint = corpus_fingerprint(self.corpus, units, encoder)
+                start = Ledger(corpus=fingerprint)
+                if self._resume_from is not None:
+                    start = Ledger.from_dict(self._resume_from)
+                    start.check(fingerprint)
+                self._stream, self._start, self._last = Stream(self.corpus, units, reader), start, start
+                self._steps = Prefetcher(self._make_steps(start), self.prefetch_steps)
+            return self._last.to_dict()
+
+    def resume(self, ledger: Mapping[str, Any]) -> dict[str, Any]:
+        """Go on after `ledger` instead, and forget the steps handed out; raises what `open` raises."""
+        with self._lock:
+            self.close()
+            self._resume_from = ledger
+            return self.open()
+
+    def batch(self, step: int, *, rank: int = 0, ranks: int = 1, micro: int = 0, micros: int = 1) -> BatchArrays:
+        """The share of a rank, or of one of its micro-batches, in the global batch of `step`.
+
+        Raises ConfigError if the step does not divide among `ranks * micros`, DataError for a step no longer kept,
+        and what reading raises.
+        """
+        parts = ranks * micros
+        if self.sequences_per_step % parts:
+            raise ConfigError("sequences_per_step", f"{self.sequences_per_step} sequences do not divide among "
+                              f"{ranks} ranks with {micros} micro-batches", "Use a multiple")  # fmt: skip
+        if not (0 <= rank < ranks and 0 <= micro < micros):
+            raise ConfigError("rank", f"rank {rank} of {ranks}, micro-batch {micro} of {micros}", "Count from 0")
+        return share(self._step(step).arrays, rank * micros + micro, parts)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The ledger after `step`, as JSON; that of the step before the first one is the ledger it began with."""
+        with self._lock:
+            self.open()
+            after = self._start if step == self._start.step - 1 else self._step(step).after
+            return after.to_dict()
+
+    def counts(self) -> dict[str, int]:
+        """What happened to documents in the units read to their end since `open`: used, empty, cut, and so on."""
+        return asdict(self._stream.counts) if self._stream is not None else {}
+
+    def close(self) -> None:
+        """Stop reading; another request opens it again where it began."""
+        with self._lock:
+            if self._steps is not None:
+                self._steps.close()
+            self._steps, self._stream, self._kept = None, None, {}
+
+    def _step(self, step: int) -> Step:
+        with self._lock:
+            self.open()
+            assert self._steps is not None
+            if step < self._last.step and step not in self._kept:
+                raise DataError(f"step {step}", f"no longer kept; the feeder is at step {self._last.step}",
+                                "Raise keep_steps, or resume from the checkpoint before it")  # fmt: skip
+            while step not in self._kept:
+                made = self._steps.get()
+                self._kept[self._last.step] = made
+                self._last = made.after
+                self._kept.pop(self._last.step - 1 - self.keep_steps, None)
+            return self._kept[step]
+
+    def _make_steps(self, ledger: Ledger) -> Generator[Step, None, None]:
+        assert self._stream is not None
+        sequences = self._stream.sequences(ledger.cursors.get(STREAM, Cursor()))
+        while True:
+            chosen = list(islice(sequences, self.sequences_per_step))
+            ledger = ledger.advance((sequence.id for sequence in chosen), {STREAM: chosen[-1].after})
+            yield Step(stack(chosen), ledger)
+
+
+def _read(
+    tasks: Iterator[UnitTask], *, corpus: CorpusSpec, encoder: Any, reading: RayReading | None
+) -> Iterator[Block]:
+    if reading is None:
+        return read_here(tasks, corpus, encoder)
+    return read_on_ray(tasks, corpus, encoder, reading)
+
+
+def start_feeder(corpus: CorpusSpec, **options: Any) -> Any:
+    """A `Feeder` as a Ray actor (its handle); `options` are those of Feeder, `reading` defaulting to all of Ray.
+
+    It takes no CPU of its own account, is restarted when it dies, and ends with its owner.
+    """
+    import ray
+
+    options.setdefault("reading", RayReading())
+    actor = ray.remote(Feeder).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    return actor.remote(corpus, **options)

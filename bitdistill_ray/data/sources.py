@@ -1,0 +1,120 @@
+"""What a corpus is: where its files lie, which columns hold its text, and how they become sequences.
+
+These are the plain arguments of everything in `bitdistill_ray.data`; a recipe's `data` section is turned into them.
+They travel to Ray's workers, so they hold no connection and no credentials (S3 clients find those for themselves).
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from enum import StrEnum
+
+from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.storage import Storage
+
+GLOB_CHARACTERS = "*?["
+
+
+class FileFormat(StrEnum):
+    """How a file holds documents; the first and last may be compressed with gzip or zstd as a whole."""
+
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Files of one kind of document.
+
+    path             a folder (all files below it), a file, or a glob (`*` stays in a folder, `**` does not); local or
+                     any URL of `Storage`
+    name             first part of the sequence ids; empty: the last part of the path
+    text_column      the column, or JSON key, of plain documents
+    prompt_column    with response_column: supervised pairs instead of plain documents
+    endpoint_url, region, anonymous    as in `Storage`
+    """
+
+    path: str
+    _: KW_ONLY
+    name: str = ""
+    text_column: str = "text"
+    prompt_column: str | None = None
+    response_column: str | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+    anonymous: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.prompt_column is None) != (self.response_column is None):
+            raise ConfigError(f"data.sources: {self.path}", "only one of prompt_column and response_column is given",
+                              "Give both for supervised pairs, or neither for plain text")  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """The source's part of a sequence id: `name`, or the last literal part of the path."""
+        parts = [part for part in self.path.replace("\\", "/").split("/") if part and not self._is_glob(part)]
+        return escape_id(self.name or (parts[-1] if parts else "source"))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read: (text,) or (prompt, response)."""
+        if self.prompt_column is not None and self.response_column is not None:
+            return self.prompt_column, self.response_column
+        return (self.text_column,)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether documents are (prompt, response) pairs."""
+        return self.prompt_column is not None
+
+    @property
+    def is_glob(self) -> bool:
+        """Whether the path is a pattern."""
+        return self._is_glob(self.path)
+
+    def storage(self, url: str) -> Storage:
+        """The store at `url`, with this source's options."""
+        return Storage(url, endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
+
+    @staticmethod
+    def _is_glob(text: str) -> bool:
+        return any(character in text for character in GLOB_CHARACTERS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorpusSpec:
+    """Everything that decides which sequences there are, and in which order.
+
+    tokenizer                a local folder or a Hugging Face id; a fast tokenizer
+    sequence_length          tokens of a sequence (T)
+    window                   sequences that are shuffled together
+    max_document_characters  a longer document is tokenised in pieces of this size, so that none fills the memory
+    prompt_is_target         supervised pairs: whether the prompt's tokens are to be predicted too
+    end_token                what ends a document; empty: the tokenizer's eos token
+    """
+
+    sources: tuple[Source, ...]
+    tokenizer: str
+    sequence_length: int
+    seed: int = 0
+    window: int = 1024
+    max_document_characters: int = 10_000_000
+    prompt_is_target: bool = False
+    end_token: str | None = None
+
+    def __post_init__(self) -> None:
+        for key, least in (("sequence_length", 2), ("window", 1), ("max_document_characters", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"data.{key}", f"{getattr(self, key)}", f"Give at least {least}")
+        if not self.sources:
+            raise ConfigError("data.sources", "no source at all", "Give a path")
+        labels = [source.label for source in self.sources]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ConfigError("data.sources", f"two sources are called {label!r}", "Give each a `name` of its own")
+
+
+def escape_id(part: str) -> str:
+    """A part of a sequence id: `#` separates the parts, so it becomes %23 inside one."""
+    return part.replace("%", "%25").replace("#", "%23")
