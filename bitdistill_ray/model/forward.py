@@ -12,9 +12,9 @@ from typing import cast
 from torch import Tensor, nn
 
 from bitdistill_ray.core import TokenBatch
-from bitdistill_ray.model.heads import LMHead
+from bitdistill_ray.model.heads import FrozenHead, LMHead
 
-__all__ = ["LMHead", "hidden_states"]
+__all__ = ["FrozenHead", "LMHead", "hidden_states"]
 
 
 def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:

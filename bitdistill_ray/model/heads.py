@@ -19,41 +19,46 @@ from bitdistill_ray.model.families import family_of
 class LMHead(nn.Module):
     """logits = W h, then c tanh(logits / c) where the family caps its logits (Gemma).
 
-    Its `state_dict` is what `from_tensors` takes: `linear.weight`, perhaps `linear.bias`, and `softcap` (0: none).
+    Shares the `lm_head` module of `model`, a causal LM of a supported family.
     """
 
-    softcap: Tensor
-
-    def __init__(self, linear: nn.Linear, softcap: float | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.linear = linear
-        self.cap = softcap
-        self.register_buffer("softcap", torch.tensor(softcap or 0.0, dtype=torch.float32))
-
-    @classmethod
-    def of(cls, model: nn.Module) -> LMHead:
-        """The head of a model, sharing its `lm_head` module."""
         family = family_of(model.config)
-        softcap = getattr(model.config, family.softcap_key, None) if family.softcap_key else None
-        return cls(cast(nn.Linear, model.get_submodule(family.head)), softcap)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LMHead:
-        """A frozen head from the `state_dict` of another one, in the dtype and on the device of its tensors."""
-        weight_VD, bias_V = tensors["linear.weight"], tensors.get("linear.bias")
-        linear = nn.Linear(weight_VD.shape[1], weight_VD.shape[0], bias=bias_V is not None, device="meta")
-        linear.weight = nn.Parameter(weight_VD, requires_grad=False)
-        if bias_V is not None:
-            linear.bias = nn.Parameter(bias_V, requires_grad=False)
-        return cls(linear, float(tensors["softcap"]) or None)
-
-    def frozen_copy(self) -> LMHead:
-        """The same head with weights of its own that need no gradient (not for weights that ZeRO-3 has sharded)."""
-        return LMHead.from_tensors({name: tensor.detach().clone() for name, tensor in self.state_dict().items()})
+        self.linear = cast(nn.Linear, model.get_submodule(family.head))
+        self.softcap: float | None = getattr(model.config, family.softcap_key, None) if family.softcap_key else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D], in the dtype of the weight."""
-        logits: Tensor = self.linear(hidden)
-        if self.cap is not None:
-            logits = torch.tanh(logits / self.cap) * self.cap
-        return logits
+        return softcapped(self.linear(hidden), self.softcap)
+
+    def frozen_copy(self) -> FrozenHead:
+        """The same head with weights of its own that need no gradient (not for weights that ZeRO-3 has sharded)."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.linear.state_dict().items()}
+        return FrozenHead({**tensors, "softcap": torch.tensor(self.softcap or 0.0, dtype=torch.float32)})
+
+
+class FrozenHead(nn.Module):
+    """A head apart from its model, made of tensors: `weight` [V, D], perhaps `bias` [V], `softcap` (fp32, 0: none).
+
+    They are its `state_dict` again, so that `FrozenHead(head.state_dict())` is the same head elsewhere.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.register_buffer("weight", tensors["weight"])
+        self.register_buffer("bias", tensors.get("bias"))
+        self.register_buffer("softcap", tensors["softcap"])
+        self._softcap = float(tensors["softcap"]) or None  # a number, so that no forward pass waits for the device
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D], in the dtype of the weight."""
+        return softcapped(nn.functional.linear(hidden, self.weight, self.bias), self._softcap)
+
+
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """c tanh(logits / c), or the logits where there is no cap."""
+    return logits if cap is None else torch.tanh(logits / cap) * cap

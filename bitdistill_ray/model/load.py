@@ -1,0 +1,92 @@
+"""Loading a causal LM and its tokenizer from any source.
+
+Whatever the source, the result is a dense model of a supported family in one dtype, with sdpa attention (whose masks
+keep packed documents apart; flash attention's do not).  GGUF weights are dequantised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bitdistill_ray.errors import ModelError
+from bitdistill_ray.model.families import family_of
+from bitdistill_ray.model.identity import ModelIdentity, identity, refuse_change, refuse_mismatch
+from bitdistill_ray.model.sources import OpenStorage, resolve
+from bitdistill_ray.model.taps import SDPA
+from bitdistill_ray.storage import Storage
+
+__all__ = ["ModelIdentity", "check_tokenizer", "identity", "load_model", "refuse_change", "refuse_mismatch"]
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    storage: OpenStorage = Storage,
+) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) of a source as `model.sources.resolve` understands it.
+
+    Raises:
+        ModelError: nothing there, files that cannot be read, a family that is not supported, a tokenizer that makes ids
+            beyond the model's vocabulary.
+        StorageError: an object store that refuses.
+    """
+    place = resolve(source, storage=storage)
+    options: dict[str, Any] = {}
+    if place.endswith(".gguf"):
+        place, options["gguf_file"] = str(Path(place).parent), Path(place).name
+    try:
+        family_of(AutoConfig.from_pretrained(place, **options))
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        options |= {"dtype": dtype, "attn_implementation": SDPA, "output_loading_info": True, **_dequantised(options)}
+        model, found = AutoModelForCausalLM.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        remedy = "Check the name, the network and HF_TOKEN, or give a folder that holds the whole model"
+        raise ModelError(source, f"cannot be loaded: {said}", remedy) from error
+    if found["missing_keys"]:
+        lost = sorted(found["missing_keys"])
+        raise ModelError(source, f"lacks {len(lost)} tensors, such as {lost[0]}", "Get its files again")
+    if "gguf_file" in options:
+        _forget_gguf(model)
+    check_tokenizer(source, model, tokenizer)
+    return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def _dequantised(options: dict[str, Any]) -> dict[str, Any]:
+    """Newer transformers would keep GGUF blocks packed where it has kernels for them; ask it not to."""
+    if "gguf_file" not in options:
+        return {}
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # transformers that always dequantises
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _forget_gguf(model: Any) -> None:
+    """Take away what marks a dequantised model as quantised: it may be trained and saved like any other."""
+    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+
+
+def check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose ids the model's embedding does not have.
+
+    Raises:
+        ModelError: names both and their sizes.
+    """
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        what = (
+            f"its tokenizer ({tokenizer.name_or_path}) makes ids up to {largest}, but its model has {rows} embeddings"
+        )
+        raise ModelError(source, what, "Put the tokenizer beside the model it was trained with")

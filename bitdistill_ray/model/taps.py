@@ -1,0 +1,77 @@
+"""Reading Q, K and V out of chosen attention layers during an ordinary forward pass.
+
+transformers lets one register attention functions by name.  Ours is sdpa's own, which first hands the states to whoever
+listens at that layer; registered with sdpa's mask builder, so the masks (causal, packed, sliding) are unchanged.  This
+sees exactly what attention sees, in every family: after RoPE and any q/k norm, K and V before they are repeated.
+
+The states are part of the autograd graph.  Under activation checkpointing (non-reentrant) the recomputation in the
+backward pass is not recorded, so what was tapped stays what the loss was computed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from bitdistill_ray.core import AttentionStates
+from bitdistill_ray.errors import ModelError
+from bitdistill_ray.model.families import attention_modules
+
+SDPA = "sdpa"
+TAPPED_SDPA = "bitdistill-tapped-sdpa"
+LISTENER = "_bitdistill_tap"  # attribute of a tapped attention module: (states, layer)
+
+
+def _tapped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    listener = getattr(module, LISTENER, None)
+    recomputing = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks: inside a backward pass
+    if listener is not None and not recomputing:
+        states, layer = listener
+        states[layer] = AttentionStates(layer=layer, q_BHTC=query, k_BJTC=key, v_BJTC=value)
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    return output
+
+
+AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
+AttentionMaskInterface.register(TAPPED_SDPA, sdpa_mask)
+
+
+@contextmanager
+def attention_taps(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, AttentionStates]]:
+    """Inside, every forward pass of `model` puts the states of `layers` into the dict that this yields.
+
+    The dict is keyed as `layers` is; a negative layer counts from the last.  A later forward pass replaces what an
+    earlier one left.  Nothing else is kept alive, and with no layers nothing is changed.
+
+    Raises:
+        ModelError: a layer that the model does not have, or attention other than sdpa.
+    """
+    states: dict[int, AttentionStates] = {}
+    if not layers:
+        yield states
+        return
+    config: Any = model.config
+    attentions = attention_modules(model)
+    for layer in layers:
+        if not -len(attentions) <= layer < len(attentions):
+            raise ModelError(f"layer {layer}", f"the model has {len(attentions)} layers", "Choose one of 0 to last")
+    if config._attn_implementation != SDPA:
+        raise ModelError("attention", f"is {config._attn_implementation!r}; only sdpa can be tapped", "Load with sdpa")
+    config._attn_implementation = TAPPED_SDPA
+    for layer in layers:
+        setattr(attentions[layer], LISTENER, (states, layer))
+    try:
+        yield states
+    finally:
+        config._attn_implementation = SDPA
+        for layer in layers:
+            delattr(attentions[layer], LISTENER)
