@@ -1,0 +1,144 @@
+"""The whole objective with the logits of `chunk_tokens` tokens alive at a time.
+
+The memory of distillation is the LM head, not the model: at 16k tokens and a vocabulary of 50k the fp32 logits of both
+sides with their softmaxes take 18 GiB, chunked by 2048 tokens 1.3.  Each chunk goes through the student's head, the
+teacher's frozen head and all terms under non-reentrant checkpointing, which keeps the chunk's hidden states and
+computes the rest again in the backward pass.
+
+- The head is *called as a module* per chunk, never read by its weight: under ZeRO-3 the hooks of the module gather it.
+- Shapes are static: positions without a label stay in their chunk and count 0, so that all ranks make the same number
+  of head calls whatever their padding (a rank that skipped one would hang the others), and a compiled chunk is reused.
+- Rows that no term looks at are zeroed before the heads: what a model makes of padding may be NaN, and 0 * NaN would
+  spoil the head's gradient.
+- Sums are divided by `Totals`, so that the mean over micro-batches and ranks is exact (`reduction.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bitdistill_ray.core import AttentionStates, TeacherSignals
+from bitdistill_ray.errors import ConfigError, ModelError, TeacherError
+from bitdistill_ray.losses.objective import Loss, Objective, Scope
+from bitdistill_ray.losses.reduction import Totals, divide, valid_sum
+from bitdistill_ray.losses.relation import attention_relation_loss
+from bitdistill_ray.losses.teacher_view import Head, ViewMaker, blank, teacher_views
+from bitdistill_ray.losses.terms import Comparison, term_values
+
+RELATION = "relation"  # its key in Loss.parts
+
+
+def chunk_sums(
+    hidden_nD: Tensor,
+    student_head: Head,
+    view_of: ViewMaker | None,
+    labels_n: Tensor,
+    present_n: Tensor,
+    objective: Objective,
+    gamma: float | Tensor | None,
+) -> Tensor:
+    """Sums over a chunk's tokens of each term, fp32 [terms]; pure, without a read-back to Python."""
+    target_n = labels_n >= 0
+    used_n = present_n | target_n if objective.needs_padding else target_n
+    student_nV = student_head(blank(hidden_nD, used_n))
+    teacher = None if view_of is None else view_of(used_n)
+    values = term_values(Comparison(student_nV, teacher, labels_n, gamma), objective.terms)
+    scopes = [target_n if term.scope is Scope.TARGETS else present_n for term in objective.terms]
+    return torch.stack([valid_sum(v, s) for v, s in zip(values, scopes, strict=True)])
+
+
+def chunked_loss(
+    hidden_BTD: Tensor,
+    student_head: Head,
+    signals: TeacherSignals | None,
+    teacher_head: Head | None,
+    labels_BT: Tensor,
+    objective: Objective,
+    *,
+    chunk_tokens: int,
+    gamma: float | Tensor | None = None,
+    segment_BT: Tensor | None = None,
+    student_attention: AttentionStates | None = None,
+    totals: Totals | None = None,
+) -> Loss:
+    """The objective's value on one micro-batch, and its parts.
+
+    hidden_BTD         the student's last hidden states, what its head consumes, any float dtype
+    signals            what the teacher said; None where the objective needs no teacher
+    teacher_head       the teacher's frozen head, for signals that carry hidden states
+    labels_BT          `TokenBatch.labels_BT`: int64, already shifted, -100 where there is no target
+    chunk_tokens       logits alive at a time; the last chunk may be shorter, and the number of chunks depends on
+                       B * T only
+    gamma              CAKLD's scalar (`Objective.scalar_gamma`)
+    segment_BT         documents, -1 on padding; None: no padding, one document per sequence
+    student_attention  for relations: the student's states of the layer it learns from `signals.attention`
+    totals             what sums are divided by; None: this micro-batch's own counts
+    """
+    if chunk_tokens < 1:
+        raise ConfigError("chunk_tokens", f"{chunk_tokens}", "Give at least 1, such as 1024")
+    totals = Totals.count(labels_BT, segment_BT) if totals is None else totals
+    present_BT = torch.ones_like(labels_BT, dtype=torch.bool) if segment_BT is None else segment_BT >= 0
+    parts: dict[str, Tensor] = {}
+    value = hidden_BTD.new_zeros((), dtype=torch.float32)
+    if objective.terms:
+        sums = _token_sums(
+            hidden_BTD, student_head, signals, teacher_head, labels_BT, present_BT, objective, chunk_tokens, gamma
+        )
+        for term, total in zip(objective.terms, sums.unbind(), strict=True):
+            part = divide(total, totals.divisor(term.scope, objective.reduction))
+            parts[term.name], value = part.detach(), value + term.weight * part
+    if objective.relation is not None:
+        if student_attention is None:
+            raise ModelError("attention relations", "no attention states of the student", "Tap the student's layer")
+        if signals is None or signals.attention is None:
+            raise TeacherError("attention relations", "no attention states in the teacher's signals",
+                               "Ask the teacher for the states of one layer")  # fmt: skip
+        part = attention_relation_loss(
+            student_attention,
+            signals.attention,
+            present_BT,
+            objective.relation,
+            segment_BT=segment_BT,
+            total_rows=totals.present,
+        )
+        parts[RELATION], value = part.detach(), value + objective.relation.weight * part
+    return Loss(value=value, parts=parts, tokens=(labels_BT >= 0).sum())
+
+
+def _token_sums(
+    hidden_BTD: Tensor,
+    student_head: Head,
+    signals: TeacherSignals | None,
+    teacher_head: Head | None,
+    labels_BT: Tensor,
+    present_BT: Tensor,
+    objective: Objective,
+    chunk_tokens: int,
+    gamma: float | Tensor | None,
+) -> Tensor:
+    """Sums over all tokens of each term, [terms]."""
+    hidden_chunks = torch.split(hidden_BTD.flatten(0, 1), chunk_tokens)  # split: one concatenation in the backward pass
+    views: list[ViewMaker | None] = [None] * len(hidden_chunks)
+    if objective.needs_distribution and signals is not None:
+        views = [*teacher_views(signals, teacher_head, tokens=labels_BT.numel(), chunk_tokens=chunk_tokens)]
+    sums: Callable[..., Tensor] = chunk_sums
+    chunks = zip(
+        hidden_chunks,
+        views,
+        torch.split(labels_BT.flatten(), chunk_tokens),
+        torch.split(present_BT.flatten(), chunk_tokens),
+        strict=True,
+    )
+    return torch.stack(
+        [
+            checkpoint(
+                sums, h, student_head, v, labels_n, present_n, objective, gamma,
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for h, v, labels_n, present_n in chunks
+        ]
+    ).sum(0)  # fmt: skip
