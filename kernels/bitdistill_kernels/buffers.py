@@ -1,0 +1,54 @@
+"""Addresses of numpy arrays and torch CPU tensors, without importing torch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from bitdistill_ray.errors import KernelError
+
+Array = Any
+"""A numpy array or a torch tensor on the CPU."""
+ArrayT = TypeVar("ArrayT")
+
+
+class Buffer(NamedTuple):
+    """Contiguous memory; `owner` keeps it alive, and must be held as long as the address is used."""
+
+    address: int
+    nbytes: int
+    dtype: str  # "uint8", "float16", "float32"
+    shape: tuple[int, ...]
+    owner: Array
+
+
+def buffer(array: Array, what: str, dtypes: tuple[str, ...]) -> Buffer:
+    """The contiguous memory of `array`, copied where it is not contiguous.
+
+    Raises KernelError where `array` is neither a numpy array nor a torch CPU tensor, or is not one of `dtypes`.
+    """
+    if isinstance(array, np.ndarray):
+        owner = np.ascontiguousarray(array)
+        found = Buffer(owner.ctypes.data, owner.nbytes, owner.dtype.name, array.shape, owner)
+    elif hasattr(array, "data_ptr"):
+        if array.device.type != "cpu":
+            raise KernelError(what, f"a tensor on {array.device}", "Move it to the CPU")
+        owner = array.detach().contiguous()
+        dtype = str(owner.dtype).removeprefix("torch.")
+        found = Buffer(owner.data_ptr(), owner.numel() * owner.element_size(), dtype, tuple(owner.shape), owner)
+    else:
+        raise KernelError(what, f"a {type(array).__name__}", "Give a numpy array or a torch CPU tensor")
+    if found.dtype not in dtypes:
+        raise KernelError(what, f"of dtype {found.dtype}", f"Give {' or '.join(dtypes)}")
+    return found
+
+
+def empty_like(array: ArrayT, shape: tuple[int, ...], dtype: str) -> ArrayT:
+    """An uninitialised array of the kind of `array` (numpy or torch)."""
+    made: Any = array
+    if isinstance(array, np.ndarray):
+        made = np.empty(shape, dtype=dtype)
+    else:
+        made = made.new_empty(shape, dtype=getattr(__import__("torch"), dtype))
+    return made  # type: ignore[no-any-return]

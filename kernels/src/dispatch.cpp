@@ -1,0 +1,79 @@
+#include "dispatch.h"
+
+#include <atomic>
+
+#include "instruction_sets.h"
+
+#if defined(BDK_X86)
+#include <cpuid.h>
+#endif
+
+namespace bdk {
+namespace {
+
+using Probe = bool (*)();
+
+#if defined(BDK_X86)
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+}
+
+bool has_avx512_vnni() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+bool always() { return true; }
+
+struct Entry {
+  const InstructionSet* set;
+  Probe available;
+};
+
+const Entry kEntries[] = {
+#if defined(BDK_X86)
+    {&kAvx512Vnni, has_avx512_vnni},
+    {&kAvx2, has_avx2},
+#endif
+    {&kScalar, always},
+};
+constexpr int kCount = sizeof kEntries / sizeof kEntries[0];
+
+int best() {
+  for (int index = 0; index < kCount; ++index)
+    if (kEntries[index].available()) return index;
+  return kCount - 1;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> index{best()};
+  return index;
+}
+
+}  // namespace
+
+int instruction_set_count() { return kCount; }
+
+const InstructionSet* instruction_set(int index) {
+  return index >= 0 && index < kCount ? kEntries[index].set : nullptr;
+}
+
+bool instruction_set_available(int index) { return index >= 0 && index < kCount && kEntries[index].available(); }
+
+int chosen_instruction_set() { return chosen().load(); }
+
+bool choose_instruction_set(int index) {
+  if (!instruction_set_available(index)) return false;
+  chosen().store(index);
+  return true;
+}
+
+}  // namespace bdk

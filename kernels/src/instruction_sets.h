@@ -1,0 +1,15 @@
+// The instruction sets of this build.  Each is one translation unit with its own compiler flags; those units share no
+// inline library code, because the linker keeps only one copy of such code and could keep the one that needs AVX512.
+#pragma once
+
+#include "tile.h"
+
+namespace bdk {
+
+extern const InstructionSet kScalar;
+#if defined(BDK_X86)
+extern const InstructionSet kAvx2;        // AVX2, FMA, F16C
+extern const InstructionSet kAvx512Vnni;  // AVX512 F, BW, DQ, VL, VNNI
+#endif
+
+}  // namespace bdk
