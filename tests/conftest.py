@@ -39,3 +39,13 @@ def s3_bucket(s3_endpoint: str) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def ray_session(s3_endpoint: str) -> Iterator[None]:
+    """A Ray of this test session alone: 4 CPUs of one node, no dashboard; its workers know the S3 credentials."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False)
+    yield
+    ray.shutdown()

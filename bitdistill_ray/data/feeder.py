@@ -124,7 +124,7 @@ class Feeder:
             return after.to_dict()
 
     def counts(self) -> dict[str, int]:
-        """What happened to documents in the units read to their end since `open`: used, empty, cut, and so on."""
+        """What happened to documents (used, empty, cut, and so on) in the units read so far of the pass begun in."""
         return asdict(self._stream.counts) if self._stream is not None else {}
 
     def close(self) -> None:

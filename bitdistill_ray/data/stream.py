@@ -61,7 +61,7 @@ class _Row:
 
 
 class Stream:
-    """The stream of one corpus; `counts` sums what its units reported since this object was made."""
+    """The stream of one corpus; `counts` sums what the units reported of the pass that `sequences` began in."""
 
     def __init__(self, corpus: CorpusSpec, units: tuple[Unit, ...], read: Reader) -> None:
         self.corpus, self.units, self._read = corpus, units, read
@@ -74,10 +74,12 @@ class Stream:
         Raises DataError (an empty corpus, a cursor past its window, what the readers raise) and StorageError.
         """
         start, drop = replace(cursor, taken=0), cursor.taken
+        self.counts = Counts()
         window: list[_Row] = []
         for row in self._rows(start):
             if row.value("index") == UNIT_END:
-                self._count(row.block["counts"][row.number])
+                if row.value("epoch") == cursor.epoch:
+                    self._count(row.block["counts"][row.number])
                 if row.value("ordinal") + 1 < len(self.units):
                     continue
                 following = Cursor(epoch=row.value("epoch") + 1)

@@ -111,6 +111,13 @@ def test_buckets_that_refuse(s3_bucket: str, s3_endpoint: str) -> None:
         units_of(Source("s3://bucket/x", endpoint_url="http://127.0.0.1:9"))
 
 
+def test_a_private_bucket_is_denied_to_strangers(corpus_folder: Path, s3_bucket: str, s3_endpoint: str) -> None:
+    Source(s3_bucket, endpoint_url=s3_endpoint).storage(s3_bucket).upload_folder(corpus_folder)
+    stranger = Source(f"{s3_bucket}/a.parquet", endpoint_url=s3_endpoint, anonymous=True, region="us-east-1")
+    with pytest.raises(StorageError, match="access denied"):
+        units_of(stranger)
+
+
 def test_names_do_not_depend_on_when_files_were_made(tmp_path: Path, corpus_folder: Path) -> None:
     copied = tmp_path / "mixed"
     copied.mkdir()
