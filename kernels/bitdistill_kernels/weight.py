@@ -91,6 +91,15 @@ class Weight:
             raise KernelError("weight", "not created", _REMEDY)
         return cls(handle.value, shape)
 
+    def __copy__(self) -> Weight:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Weight:
+        return self
+
+    def __reduce__(self) -> str:
+        raise KernelError("weight", "holds memory of this process", "Send the packed bytes and create it again there")
+
     @property
     def nbytes(self) -> int:
         """Bytes of the repacked weight: a little more than the canonical ones, because tiles are padded."""
