@@ -51,10 +51,10 @@ def resolve(source: str, *, storage: OpenStorage = Storage) -> str:
     if "://" in source:
         return str(_from_url(source, storage))
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return str(path)
     if source.endswith(".gguf") or not HUB_ID.fullmatch(source) or source.startswith("."):
-        raise ModelError(source, "no such file or folder", FORMS)
+        raise ModelError(source or "model", "no such file or folder", FORMS)
     return source
 
 
@@ -65,7 +65,8 @@ def _cache_entry(kind: str, source: str, name: str) -> Path:
 
 
 def _from_url(url: str, storage: OpenStorage) -> Path:
-    folder, _, name = url.rstrip("/").rpartition("/")
+    url = url.rstrip("/")
+    folder, _, name = url.rpartition("/")
     is_file = name.endswith(".gguf")
     store = storage(folder if is_file else url)
     entry = _cache_entry("models", f"{store.endpoint_url or ''} {url}", name)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -137,7 +138,10 @@ def load_student(folder: Path, *, dtype: torch.dtype, device: torch.device | str
     surgery = StudentSurgery.from_dict(read_about(folder)["surgery"])
     model, tokenizer = load_model(str(folder), dtype=dtype)
     surgery.perform(model)
-    added = load_file(folder / ADDED_FILE)
+    try:
+        added = load_file(folder / ADDED_FILE)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}/{ADDED_FILE}", f"cannot be read ({error})", "Save the student again") from error
     if set(added) != surgery.added_parameters():
         odd = sorted(set(added) ^ surgery.added_parameters())[0]
         what = f"{odd} is in one of {ADDED_FILE} and {SURGERY_FILE} only"

@@ -26,7 +26,7 @@ from bitdistill_ray.model.families import attention_modules
 
 SDPA = "sdpa"
 TAPPED_SDPA = "bitdistill-tapped-sdpa"
-LISTENER = "_bitdistill_tap"  # attribute of a tapped attention module: (states, layer)
+LISTENER = "_bitdistill_tap"  # attribute of a tapped attention module: (states, its keys in there, its layer)
 
 
 def _tapped_sdpa(
@@ -35,8 +35,8 @@ def _tapped_sdpa(
     listener = getattr(module, LISTENER, None)
     recomputing = torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks: inside a backward pass
     if listener is not None and not recomputing:
-        states, layer = listener
-        states[layer] = AttentionStates(layer=layer, q_BHTC=query, k_BJTC=key, v_BJTC=value)
+        states, keys, layer = listener
+        states.update(dict.fromkeys(keys, AttentionStates(layer=layer, q_BHTC=query, k_BJTC=key, v_BJTC=value)))
     output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return output
 
@@ -49,8 +49,9 @@ AttentionMaskInterface.register(TAPPED_SDPA, sdpa_mask)
 def attention_taps(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, AttentionStates]]:
     """Inside, every forward pass of `model` puts the states of `layers` into the dict that this yields.
 
-    The dict is keyed as `layers` is; a negative layer counts from the last.  A later forward pass replaces what an
-    earlier one left.  Nothing else is kept alive, and with no layers nothing is changed.
+    The dict is keyed as `layers` is; a negative one counts from the last, and its states carry the real number.  A
+    later forward pass replaces what an earlier one left.  Nothing else is kept alive, and with no layers nothing is
+    changed.
 
     Raises:
         ModelError: a layer that the model does not have, or attention other than sdpa.
@@ -67,11 +68,14 @@ def attention_taps(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int
     if config._attn_implementation != SDPA:
         raise ModelError("attention", f"is {config._attn_implementation!r}; only sdpa can be tapped", "Load with sdpa")
     config._attn_implementation = TAPPED_SDPA
+    keys_of: dict[int, list[int]] = {}
     for layer in layers:
-        setattr(attentions[layer], LISTENER, (states, layer))
+        keys_of.setdefault(layer % len(attentions), []).append(layer)
+    for layer, keys in keys_of.items():
+        setattr(attentions[layer], LISTENER, (states, keys, layer))
     try:
         yield states
     finally:
         config._attn_implementation = SDPA
-        for layer in layers:
+        for layer in keys_of:
             delattr(attentions[layer], LISTENER)
