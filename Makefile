@@ -26,8 +26,8 @@ $(INSTALLED): pyproject.toml constraints.txt kernels/CMakeLists.txt $(CPP)
 	  { echo "No Python 3.11 or 3.12 found. Install one with its venv module, or name it: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV) with the versions of constraints.txt (about 2 minutes)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --upgrade pip
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PINS) --editable '.[dev]'
 	@touch $@
 
 demo: $(INSTALLED)  ## distil a real model here, serve it, ask it something
