@@ -1,0 +1,244 @@
+"""The engine: owns a decoder and its loop, takes requests from asyncio and streams text back.
+
+One thread runs `Batch.advance` in a loop and sleeps when there is nothing to do; blocking decoder calls never touch the
+event loop.  Each round costs one hop to the event loop, whatever the number of streams.  A `Stream` keeps what its
+consumer has not read yet and hands it over in one piece: tokens are joined only where the consumer is slower.
+
+The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with an estimate of when
+a slot gets free.  Requests may be cancelled at any time; their slots are free before the next round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+
+from bitdistill_ray.decode.base import Decoder
+from bitdistill_ray.decode.generation import PREFILL_TOKENS
+from bitdistill_ray.errors import ServeError
+from bitdistill_serve.batch import Batch, End, Generation, Piece
+from bitdistill_serve.detokenize import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+UNHEALTHY_AFTER = 3  # decoder calls that failed and no request that ended well: one may be chance, three are not
+NEWEST_WEIGHT = 0.1  # of the newest generation in the running mean of their times
+LONGEST_RETRY_S = 60
+
+
+class QueueFullError(ServeError):
+    """All slots and all places in the queue are taken.  `retry_after_s` estimates when one will not be."""
+
+    retry_after_s: int = 1
+
+
+class EngineStoppedError(ServeError):
+    """The engine has ended, or is ending; another replica may answer."""
+
+
+class Status(Enum):
+    """`DEGRADED`: a decoder call failed, and nothing ended well since.  `FAILING`: several did, or the loop ended."""
+
+    OK = "ok"
+    DEGRADED = "degraded"
+    FAILING = "failing"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """The state of the engine now; `last_failure` also tells of a failure that is over."""
+
+    status: Status
+    running: int
+    waiting: int
+    slots: int
+    queue: int
+    last_failure: str | None
+
+
+class Stream:
+    """The pieces of the generations of one request, as (which generation, piece), for one consumer.
+
+    Iterating ends when all generations have ended, and raises the error of the first one that failed.
+    """
+
+    def __init__(self, engine: Engine, generations: Sequence[Generation]) -> None:
+        self.generations = tuple(generations)
+        self._engine = engine
+        self.live = set(range(len(generations)))  # not ended, as the engine told so far
+        self.started_s = time.monotonic()
+        self._unread: dict[int, list[Piece]] = {}
+        self._arrived = asyncio.Event()
+
+    def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        return self
+
+    async def __anext__(self) -> tuple[int, Piece]:
+        while not self._unread:
+            if not self.live:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        index = next(iter(self._unread))
+        pieces = self._unread.pop(index)
+        if pieces[-1].error is not None:
+            raise pieces[-1].error
+        return index, Piece("".join(p.text for p in pieces), sum(p.tokens for p in pieces), pieces[-1].end)
+
+    def cancel(self) -> None:
+        """Stop what has not ended; may be called at any time, more than once too."""
+        if self.live:
+            self._engine.cancel(self)
+
+    def put(self, index: int, piece: Piece) -> None:
+        """The engine's side: one more piece."""
+        self._unread.setdefault(index, []).append(piece)
+        if piece.end is not None:
+            self.live.discard(index)
+        self._arrived.set()
+
+
+class Engine:
+    """Runs a `Batch` in a thread of its own.  All methods belong to the event loop on which `start` was called.
+
+    `queue` is how many generations may wait beyond those that have a slot.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        stop_ids: frozenset[int],
+        queue: int = 64,
+        prefill_tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        self._batch: Batch[tuple[Stream, int]] = Batch(
+            decoder, tokenizer, stop_ids=stop_ids, prefill_tokens=prefill_tokens
+        )
+        self._decoder, self._queue = decoder, queue
+        self._streams: set[Stream] = set()  # those with live generations
+        self._live = 0  # generations, with and without a slot
+        self._mean_s = 1.0  # of a generation, its wait included
+        self._wake = threading.Condition()  # guards the two below
+        self._commands: list[Callable[[], None]] = []  # for the thread, before its next round
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._died: str | None = None
+        self._loop: asyncio.AbstractEventLoop
+
+    @property
+    def slot_tokens(self) -> int:
+        """The longest sequence, prompt and answer together."""
+        return self._decoder.slot_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of a prompt lie below it."""
+        return self._decoder.vocab_size
+
+    @property
+    def limit(self) -> int:
+        """Generations that may run or wait at the same time."""
+        return self._decoder.slots + self._queue
+
+    def health(self) -> Health:
+        """The state now."""
+        failures = self._batch.failures
+        if self._died or self._stopping or failures >= UNHEALTHY_AFTER:
+            status = Status.FAILING
+        else:
+            status = Status.DEGRADED if failures else Status.OK
+        return Health(
+            status=status,
+            running=self._batch.running,
+            waiting=max(0, self._live - self._batch.running),
+            slots=self._decoder.slots,
+            queue=self._queue,
+            last_failure=self._died or self._batch.last_failure,
+        )
+
+    def start(self) -> None:
+        """Start the thread; streams are delivered to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the loop after its round; what still runs fails with an EngineStoppedError."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    def submit(self, generations: Sequence[Generation]) -> Stream:
+        """Queue all generations of a request, or none.
+
+        Raises QueueFullError when they do not fit, and EngineStoppedError when the loop has ended.
+        """
+        if self._died or self._stopping:
+            raise EngineStoppedError("engine", f"is not running ({self._died or 'it was stopped'})", "Try again later")
+        if self._live + len(generations) > self.limit:
+            error = QueueFullError("engine", f"{self._live} of {self.limit} places are taken", "Try again later")
+            error.retry_after_s = max(1, min(math.ceil(self._mean_s / self._decoder.slots), LONGEST_RETRY_S))
+            raise error
+        stream = Stream(self, generations)
+        self._live += len(generations)
+        self._streams.add(stream)
+        self._command(*(partial(self._batch.add, (stream, i), g) for i, g in enumerate(generations)))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """End what has not ended of a stream."""
+        self._command(*(partial(self._batch.cancel, (stream, i)) for i in range(len(stream.generations))))
+
+    def _command(self, *commands: Callable[[], None]) -> None:
+        with self._wake:
+            self._commands.extend(commands)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        """The thread."""
+        error = EngineStoppedError("engine", "was stopped", "Send the request again")
+        try:
+            while self._await_work():
+                pieces = self._batch.advance()
+                if pieces:
+                    self._loop.call_soon_threadsafe(self._deliver, pieces)
+        except Exception as bug:
+            logger.exception("the decoding loop ended")
+            self._died = f"{type(bug).__name__}: {bug}"
+            error = EngineStoppedError("engine", f"has ended ({self._died})", "Send the request again")
+        self._loop.call_soon_threadsafe(self._close, error)
+
+    def _await_work(self) -> bool:
+        """Sleep until there is something to do, and obey the commands; False when the loop is to end."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._stopping or self._commands or not self._batch.idle)
+            commands, self._commands = self._commands, []
+        for command in commands:
+            command()
+        return not self._stopping
+
+    def _deliver(self, pieces: list[tuple[tuple[Stream, int], Piece]]) -> None:
+        """On the event loop: hand pieces to their streams, and give up the places of generations that ended."""
+        for (stream, index), piece in pieces:
+            stream.put(index, piece)
+            if piece.end is not None:
+                self._live -= 1
+                seconds = time.monotonic() - stream.started_s
+                if piece.end in (End.STOP, End.LENGTH):
+                    self._mean_s += NEWEST_WEIGHT * (seconds - self._mean_s)
+                if not stream.live:
+                    self._streams.discard(stream)
+
+    def _close(self, error: ServeError) -> None:
+        """On the event loop, when the thread has ended: fail what it left."""
+        for stream in list(self._streams):
+            self._deliver([((stream, i), Piece("", 0, End.FAILED, error)) for i in tuple(stream.live)])

@@ -1,0 +1,74 @@
+"""One served model: its engine, its tokenizer, its name.  `load` reads it; the HTTP routes use it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bitdistill_ray.decode.base import Decoder
+from bitdistill_ray.decode.loading import load_for_decoding
+from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_serve.engine import Engine
+from bitdistill_serve.options import ServeOptions
+from bitdistill_serve.prompts import Prompts
+
+
+@dataclass(slots=True)
+class Service:
+    """What the routes need."""
+
+    name: str
+    engine: Engine
+    prompts: Prompts
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def over(
+        cls,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str,
+        stop_ids: Iterable[int],
+        queue: int,
+        prefill_tokens: int,
+    ) -> Service:
+        """Serve `decoder` as `name`; a generation ends at any of `stop_ids`."""
+        engine = Engine(decoder, tokenizer, stop_ids=frozenset(stop_ids), queue=queue, prefill_tokens=prefill_tokens)
+        prompts = Prompts(tokenizer, slot_tokens=decoder.slot_tokens, vocab_size=decoder.vocab_size)
+        return cls(name, engine, prompts)
+
+    @classmethod
+    def load(cls, options: ServeOptions) -> Service:
+        """Read the model; takes as long as that takes.  Raises ModelError or PackedError."""
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        model, tokenizer = load_for_decoding(options.model, device=options.device)
+        return cls.over(
+            TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens),
+            tokenizer,
+            name=options.served_name,
+            stop_ids=stop_ids(model, tokenizer),
+            queue=options.queue,
+            prefill_tokens=options.prefill_tokens,
+        )
+
+    def start(self) -> None:
+        """Start the engine, for requests from the running event loop."""
+        self.engine.start()
+
+    async def stop(self) -> None:
+        """Stop the engine; what is unfinished fails."""
+        await self.engine.stop()
+        self.prompts.close()
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end a text: the generation config's and the tokenizer's end tokens."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
