@@ -42,6 +42,7 @@ from bitdistill_ray.storage import replace_folder, storage_errors, temporary_sib
 
 CONFIG, TENSORS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
 ALIGNMENT = 64  # bytes at which the first tensor starts
+LINES_TO_DEPTH = 2  # config.json / bitdistill / tensors: deeper objects are one line
 
 
 class PackedFolder:
@@ -216,5 +217,10 @@ def _write(path: Path, pieces: Iterator[bytes | memoryview] | list[bytes]) -> No
         os.fsync(file.fileno())
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n").encode()
+def _json(content: Any, depth: int = 0) -> bytes:
+    """JSON in the order given, with one line for each entry of the manifest."""
+    if not isinstance(content, Mapping) or not content or depth > LINES_TO_DEPTH:
+        return json.dumps(content, ensure_ascii=False).encode()
+    indent = b"\n" + b" " * depth
+    entries = (json.dumps(key).encode() + b": " + _json(value, depth + 1) for key, value in content.items())
+    return b"{" + indent + b" " + (b"," + indent + b" ").join(entries) + indent + b"}" + (b"" if depth else b"\n")

@@ -44,6 +44,11 @@ class StoredDtype(StrEnum):
     BF16 = "BF16"
     F32 = "F32"
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return _TORCH_DTYPES[self].itemsize
+
     @classmethod
     def of(cls, dtype: torch.dtype) -> StoredDtype:
         """The name of a torch dtype.  Raises PackedError for one that a folder does not store."""
