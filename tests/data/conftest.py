@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ def documents(count: int, seed: int) -> list[str]:
     return [f"{seed}/{i} " + " ".join(draw.choices(SENTENCES, k=draw.randint(1, 12))) for i in range(count)]
 
 
-def write_parquet(path: Path, texts: list[str | None], *, row_group_size: int, column: str = "text") -> None:
+def write_parquet(path: Path, texts: Sequence[str | None], *, row_group_size: int, column: str = "text") -> None:
     table = pa.table({"id": list(range(len(texts))), column: pa.array(texts, pa.string())})
     pq.write_table(table, path, row_group_size=row_group_size, compression="zstd")
 

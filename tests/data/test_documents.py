@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -21,7 +22,7 @@ from bitdistill_ray.errors import DataError, StorageError
 from tests.data.conftest import documents, to_jsonl, write_parquet
 
 
-def read_all(path: Path, *, limit: int = 10_000_000, **source: str) -> tuple[list[Piece | Pair], Counts]:
+def read_all(path: Path, *, limit: int = 10_000_000, **source: Any) -> tuple[list[Piece | Pair], Counts]:
     corpus = CorpusSpec(
         sources=(Source(str(path), **source),), tokenizer="", sequence_length=8, max_document_characters=limit
     )
