@@ -90,15 +90,20 @@ def _sources(value: Any) -> Any:
 Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources)]
 
 
+class StorageConfig(Strict):
+    """How `s3://` URLs are reached, of corpora, models and runs alike; credentials come from where S3 clients look."""
+
+    endpoint_url: str | None = None
+    """S3 endpoint other than AWS; empty: AWS_ENDPOINT_URL, then AWS."""
+    region: str | None = None
+    anonymous: bool = False
+
+
 class DataConfig(Strict):
     """The corpus and how it is cut into sequences."""
 
     sources: Sources = ()
     """Paths, or sections with a path and its columns."""
-    endpoint_url: str | None = None
-    """S3 endpoint other than AWS; empty: AWS_ENDPOINT_URL, then AWS."""
-    region: str | None = None
-    anonymous: bool = False
     sequence_length: int = Field(512, ge=8)
     shuffle_window: int = Field(1024, ge=1)
     """Sequences that are shuffled together."""
@@ -156,7 +161,7 @@ class RelationConfig(Strict):
     """Relation heads that the merged heads are split into; empty: the attention's own."""
     temperature: float = Field(1.0, gt=0)
     divide_by_heads: bool = True
-    """As the authors' code divides: by layers times heads."""
+    """Divide by the relation heads once more, as the authors' code does."""
     causal: bool = False
 
 
@@ -175,6 +180,10 @@ class LossConfig(Strict):
     """CAKLD's mix: measured once (label: the paper; max: the authors' code), per token, or a number."""
     gamma_sequences: int = Field(32, ge=1)
     """Sequences over which gamma is measured."""
+    kl_scope: Literal["targets", "present"] = "targets"
+    """Tokens that the KLs are averaged over: those with a label, or every one that is not padding (both papers' code)."""
+    reduction: Literal["token-mean", "sequence-sum"] = "token-mean"
+    """sequence-sum: summed over tokens, averaged over sequences (BitDistiller's code)."""
     relation: RelationConfig | None = None
 
     @property
@@ -350,6 +359,7 @@ class Config(Strict):
     model: ModelConfig = ModelConfig()
     quant: QuantConfig = QuantConfig()
     data: DataConfig = DataConfig()
+    storage: StorageConfig = StorageConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
     stages: dict[str, StageConfig] = {}

@@ -4,6 +4,7 @@
 |---|---|---|
 | BITDISTILL_CACHE | folder for downloaded models and other things that can be made again | ~/.cache/bitdistill-ray |
 | AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL | S3 server other than AWS (MinIO, Ceph, R2 …) | AWS |
+| RAY_ADDRESS | the running Ray to join | start one here |
 
 Credentials and the region of S3 are read by its own client libraries.
 """
@@ -22,3 +23,13 @@ def cache_folder() -> Path:
 def s3_endpoint_url() -> str | None:
     """URL of the S3 server, or None for AWS."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def ray_address() -> str | None:
+    """Address of a running Ray that this process should join (`ray job submit` sets it), or None."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def cpu_count() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -53,9 +53,10 @@ def _read(recipe: str) -> dict[str, Any]:
     if recipe in shipped():
         text = (resources.files("bitdistill_ray") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
     elif recipe.endswith((".yaml", ".yml")):
-        from bitdistill_ray.storage import read_text
+        from bitdistill_ray.storage import Storage
 
-        text = read_text(recipe)
+        folder, _, name = recipe.rpartition("/")
+        text = Storage(folder or ".").read_bytes(name).decode()
     else:
         near = difflib.get_close_matches(recipe, shipped(), 1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(shipped())}; or give a .yaml path"

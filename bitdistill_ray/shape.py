@@ -6,11 +6,13 @@ Reads `config.json` (folder, `s3://`, or the hub) or a GGUF header; imports no t
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.storage import Storage
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text")
 
@@ -54,7 +56,7 @@ class ModelShape:
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
-def read_shape(source: str) -> ModelShape:
+def read_shape(source: str, storage: Callable[[str], Storage] = Storage) -> ModelShape:
     """The shape of the model at `source` (as `model.sources.resolve` understands it).
 
     Raises:
@@ -62,7 +64,7 @@ def read_shape(source: str) -> ModelShape:
     """
     from bitdistill_ray.model.sources import resolve
 
-    path = Path(resolve(source))
+    path = Path(resolve(source, storage=storage))
     if path.suffix == ".gguf":
         return _from_gguf(path)
     if path.is_dir():

@@ -10,42 +10,68 @@ another, whenever a process or a node is lost.  The answer carries a digest of i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitdistill_ray.config import Dtype
+from bitdistill_ray import env
+from bitdistill_ray.config import Dtype, StorageConfig
 from bitdistill_ray.core import Payload, TeacherSignals, TokenBatch, TopK
-from bitdistill_ray.decode.generation import GeneratedText, generate
+from bitdistill_ray.data.batch import BatchArrays, token_batch
+from bitdistill_ray.decode.generation import generate
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.hardware import compute_dtype, local_device
-from bitdistill_ray.model.forward import LMHead, hidden_states
-from bitdistill_ray.model.load import ModelIdentity, identity, load_model
+from bitdistill_ray.losses.gamma import GammaEstimate, estimate_gamma
+from bitdistill_ray.losses.objective import GammaMode
+from bitdistill_ray.model.forward import hidden_states
+from bitdistill_ray.model.heads import LMHead
+from bitdistill_ray.model.identity import ModelIdentity, identity
+from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.taps import attention_taps
+from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.request import SignalRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One text that a teacher wrote: the prompt as the model saw it, what it added, and why it stopped."""
+
+    prompt: str
+    response: str
+    response_ids: tuple[int, ...]
+    finish_reason: str
 
 
 class Teacher:
     """A frozen causal LM.  Wrap with `ray.remote` to serve it; it is as well an ordinary object in tests."""
 
-    def __init__(self, source: str, *, dtype: Dtype = Dtype.AUTO, threads: int | None = None) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+    def __init__(
+        self,
+        source: str,
+        *,
+        dtype: Dtype = Dtype.AUTO,
+        threads: int | None = None,
+        storage: StorageConfig | None = None,
+    ) -> None:
+        torch.set_num_threads(threads or env.cpu_count())
         self.device = local_device()
         self.dtype, self.why = compute_dtype(dtype, self.device)
         self.source = source
         self.refusal: BitdistillError | None = None
         try:
-            self.model, self.tokenizer = load_model(source, dtype=self.dtype, device=self.device)
+            self.model, self.tokenizer = load_model(
+                source, dtype=self.dtype, device=self.device, storage=storage_opener(storage or StorageConfig())
+            )
         except BitdistillError as refusal:
             self.refusal = refusal  # an actor whose constructor raises loses its message; the handshake carries it
             return
         self.model.eval().requires_grad_(requires_grad=False)
-        self.head = LMHead.of(self.model)
+        self.head = LMHead(self.model)
 
     def handshake(self) -> ModelIdentity:
         """Who this is: hashes of weights, configuration and vocabulary.  Students compare before they train.
@@ -68,15 +94,22 @@ class Teacher:
         return message
 
     @torch.no_grad()
-    def score(self, message: wire.Message, request: SignalRequest) -> wire.Message:
-        """Answer an encoded TokenBatch; `wire.decode_signals` reads the result."""
-        signals = self.signals(wire.decode_batch(message).to(self.device), request)
-        return {**wire.encode_signals(signals), "digest": wire.batch_digest(message)}
+    def score(self, arrays: BatchArrays, request: SignalRequest) -> wire.Message:
+        """Answer a batch as the feeder hands it out; `wire.decode_signals` reads the result."""
+        signals = self.signals(token_batch(arrays).to(self.device), request)
+        return {**wire.encode_signals(signals), "digest": wire.batch_digest(arrays)}
+
+    @torch.no_grad()
+    def confidence(self, arrays: BatchArrays, mode: GammaMode) -> GammaEstimate:
+        """What CAKLD's scalar gamma is averaged from, on one batch."""
+        batch = token_batch(arrays).to(self.device)
+        signals = self.signals(batch, SignalRequest())
+        return estimate_gamma([(signals, batch.labels_BT)], mode, teacher_head=self.head)
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, request: SignalRequest) -> TeacherSignals:
         """The same on tensors, without the wire."""
-        layers = () if request.attention_layer is None else (self._layer(request.attention_layer),)
+        layers = () if request.attention_layer is None else (request.attention_layer % self.layers(),)
         with attention_taps(self.model, layers) as taps:
             hidden_BTD = hidden_states(self.model, batch)
         signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=taps[layers[0]] if layers else None)
@@ -89,13 +122,25 @@ class Teacher:
                 signals.topk = self._topk(hidden_BTD, request.topk)
         return signals
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, batch: int
-    ) -> list[GeneratedText]:
-        """Continue each prompt (token ids) under its own sampling, `batch` at a time, in continuous batches."""
-        longest = max(len(p) + s.max_tokens for p, s in zip(prompts, samplings, strict=True))
+    def write(self, prompts: Sequence[str], samplings: Sequence[Sampling], *, batch: int) -> list[Written]:
+        """Continue each prompt under its own sampling, `batch` at a time, in continuous batches.
+
+        Where the tokenizer has a chat template, a prompt is a user's message and the text is the whole conversation.
+        """
+        rendered = [self._render(prompt) for prompt in prompts]
+        ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
+        longest = max(len(p) + s.max_tokens for p, s in zip(ids, samplings, strict=True))
         decoder = TorchDecoder(self.model, slots=batch, slot_tokens=longest)
-        return generate(decoder, prompts, samplings, stop_ids=self.stop_ids)
+        texts = generate(decoder, ids, samplings, stop_ids=self.stop_ids)
+        responses = self.tokenizer.batch_decode([list(text.ids) for text in texts])
+        return [
+            Written(prompt, response, tuple(text.ids), str(text.finish_reason))
+            for prompt, response, text in zip(rendered, responses, texts, strict=True)
+        ]
+
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return int(self.model.config.num_hidden_layers)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -104,8 +149,11 @@ class Teacher:
         ids = configured if isinstance(configured, list) else [configured]
         return tuple(sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}))
 
-    def _layer(self, layer: int) -> int:
-        return layer % int(self.model.config.num_hidden_layers)
+    def _render(self, prompt: str) -> str:
+        if not self.tokenizer.chat_template:
+            return prompt
+        message = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
     def _topk(self, hidden_BTD: Tensor, entries: int) -> TopK:
         rows = [self.head(h_TD).float().log_softmax(-1).topk(entries, dim=-1) for h_TD in hidden_BTD]

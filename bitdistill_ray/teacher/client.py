@@ -16,7 +16,8 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 
-from bitdistill_ray.core import TeacherSignals, TokenBatch
+from bitdistill_ray.core import TeacherSignals
+from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.request import SignalRequest
@@ -47,12 +48,12 @@ class TeacherClient:
         self.waited_s, self.received_bytes, self.retries = 0.0, 0, 0
 
     def ask(self, batch: Any) -> Ticket:
-        """Send `batch` (a message or a reference to one) to the least busy teacher; returns at once."""
+        """Send `batch` (BatchArrays, or a reference to some) to the least busy teacher; returns at once."""
         teacher = self._least_busy()
         return Ticket(batch, teacher, self._send(batch, teacher))
 
-    def answer(self, ticket: Ticket, batch: TokenBatch, device: torch.device | str = "cpu") -> TeacherSignals:
-        """Wait for the answer to `ticket` and check that it is about `batch`.
+    def answer(self, ticket: Ticket, arrays: BatchArrays, device: torch.device | str = "cpu") -> TeacherSignals:
+        """Wait for the answer to `ticket` and check that it is about the batch `arrays`.
 
         Raises:
             TeacherError: no teacher answered in `attempts` x `timeout_s`, or the answer is about something else.
@@ -61,7 +62,7 @@ class TeacherClient:
         message = self._wait(ticket)
         self.waited_s += time.perf_counter() - began
         self.received_bytes += wire.payload_bytes(message)
-        wire.check_answer(message, wire.batch_digest(wire.encode_batch(batch)), batch)
+        wire.check_answer(message, arrays)
         return wire.decode_signals(message, device)
 
     def take_counters(self) -> dict[str, float]:

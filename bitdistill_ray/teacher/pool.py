@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError
 
-from bitdistill_ray.config import TeacherConfig
-from bitdistill_ray.errors import BitdistillError, TeacherError
-from bitdistill_ray.model.load import ModelIdentity
+from bitdistill_ray.config import StorageConfig, TeacherConfig
+from bitdistill_ray.data.dataset import user_error
+from bitdistill_ray.errors import TeacherError
+from bitdistill_ray.model.identity import ModelIdentity
 from bitdistill_ray.teacher.actor import Teacher
 
 
@@ -29,7 +30,7 @@ class TeacherPool:
     description: str
 
     @classmethod
-    def start(cls, source: str, config: TeacherConfig) -> TeacherPool:
+    def start(cls, source: str, config: TeacherConfig, storage: StorageConfig | None = None) -> TeacherPool:
         """Start `config.actors` teachers of `source` and wait until all have loaded the same model.
 
         Raises:
@@ -39,7 +40,7 @@ class TeacherPool:
             num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=0
         )
         handles = tuple(
-            remote.remote(source, dtype=config.dtype, threads=config.threads) for _ in range(config.actors)
+            remote.remote(source, dtype=config.dtype, threads=config.threads, storage=storage) for _ in range(config.actors)
         )
         try:
             identities: list[ModelIdentity] = ray.get(
@@ -51,9 +52,9 @@ class TeacherPool:
             raise TeacherError("teacher", f"{config.actors} x ({config.cpus} CPUs, {config.gpus} GPUs) did not start "
                                f"in {config.timeout_s:.0f} s", "Lower teacher.actors, cpus or gpus to what `ray status` "
                                "shows, or raise teacher.timeout_s") from None  # fmt: skip
-        except (RayActorError, RayTaskError) as error:
+        except RayError as error:
             cls._kill(handles)
-            raise mendable(error) from None
+            raise user_error(error) or error from None
         if len(set(identities)) > 1:
             cls._kill(handles)
             raise TeacherError("teacher", f"the actors loaded different weights from {source}",
@@ -68,13 +69,3 @@ class TeacherPool:
     def _kill(handles: Sequence[Any]) -> None:
         for handle in handles:
             ray.kill(handle)
-
-
-def mendable(error: RayActorError | RayTaskError) -> Exception:
-    """The BitdistillError inside Ray's wrapping, if that is what an actor or task died of; else `error` itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, BitdistillError):
-            return type(cause)(cause.where, cause.what, cause.remedy)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error

@@ -1,4 +1,4 @@
-"""TokenBatch and TeacherSignals as flat dicts of numpy arrays: what travels through Ray's object store.
+"""TeacherSignals (and the batches they are about) as flat dicts of numpy arrays: what travels through Ray's object store.
 
 numpy because the object store maps arrays into the reader without a copy (1.6-2.2 GiB/s from actor to actor; torch
 tensors reach 0.4).  numpy has no bfloat16, so such a tensor travels as its int16 bits under a key that says so.  Nothing
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bitdistill_ray.core import AttentionStates, TeacherSignals, TokenBatch, TopK
+from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 
 Message = dict[str, Any]
@@ -31,11 +32,11 @@ def put(message: Message, key: str, tensor: Tensor) -> None:
 
 
 def get(message: Message, key: str) -> Tensor:
-    """The tensor that `put` stored, bit for bit.  It may share the object store's read-only memory: do not write to it."""
+    """The tensor that `put` stored, bit for bit. """
     bf16 = key + _BF16 in message
     array: np.ndarray[Any, Any] = message[key + _BF16] if bf16 else message[key]
     if not array.flags.writeable:
-        array = array.copy()  # a view of read-only shared memory would die with the object
+        array = array.copy()  # what lies in the object store is read-only, which torch cannot express
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if bf16 else tensor
 
@@ -50,30 +51,20 @@ def payload_bytes(message: Message) -> int:
     return sum(v.nbytes for v in message.values() if isinstance(v, np.ndarray))
 
 
-def encode_batch(batch: TokenBatch) -> Message:
-    """A TokenBatch for the wire: int32 ids and segments, bool targets, the sequence ids."""
+def encode_batch(batch: TokenBatch) -> BatchArrays:
+    """A TokenBatch in the form in which the feeder hands batches out; `data.batch.token_batch` is the inverse."""
     return {
         "ids": batch.ids_BT.to(torch.int32).cpu().numpy(),
         "target": batch.target_BT.cpu().numpy(),
         "segment": batch.segment_BT.to(torch.int32).cpu().numpy(),
-        "sequence_ids": tuple(batch.sequence_ids),
+        "sequence_ids": np.array(batch.sequence_ids, dtype=np.str_),
     }
 
 
-def decode_batch(message: Message) -> TokenBatch:
-    """The inverse of `encode_batch`; ids become int64."""
-    return TokenBatch(
-        ids_BT=torch.from_numpy(message["ids"].astype(np.int64)),
-        target_BT=torch.from_numpy(np.array(message["target"], dtype=bool)),
-        segment_BT=torch.from_numpy(np.array(message["segment"], dtype=np.int32)),
-        sequence_ids=tuple(message["sequence_ids"]),
-    )
-
-
-def batch_digest(message: Message) -> str:
+def batch_digest(arrays: BatchArrays) -> str:
     """What a request is about: sha256 over ids and segments.  An answer must carry the digest of its question."""
-    digest = hashlib.sha256(np.ascontiguousarray(message["ids"], dtype=np.int32).tobytes())
-    digest.update(np.ascontiguousarray(message["segment"], dtype=np.int32).tobytes())
+    digest = hashlib.sha256(np.ascontiguousarray(arrays["ids"], dtype=np.int32).tobytes())
+    digest.update(np.ascontiguousarray(arrays["segment"], dtype=np.int32).tobytes())
     return digest.hexdigest()
 
 
@@ -114,16 +105,17 @@ def decode_signals(message: Message, device: torch.device | str = "cpu") -> Teac
     )
 
 
-def check_answer(answer: Message, digest: str, batch: TokenBatch) -> None:
-    """Refuse an answer to another question.
+def check_answer(answer: Message, arrays: BatchArrays) -> None:
+    """Refuse an answer to another question than `arrays`.
 
     Raises:
         TeacherError: digest, sequence ids or the [B, T] of the payload differ from what was asked.
     """
-    if answer.get("digest") != digest or tuple(answer["sequence_ids"]) != batch.sequence_ids:
-        raise TeacherError("teacher answer", f"is about {answer['sequence_ids'][:2]}, asked was {batch.sequence_ids[:2]}",
+    asked = tuple(arrays["sequence_ids"].tolist())
+    if answer.get("digest") != batch_digest(arrays) or tuple(answer["sequence_ids"]) != asked:
+        raise TeacherError("teacher answer", f"is about {answer['sequence_ids'][:2]}, asked was {asked[:2]}",
                            "Report this as a bug: a request was mixed up")  # fmt: skip
     for key in ("hidden", "logits", "topk_ids"):
-        if has(answer, key) and get(answer, key).shape[:2] != batch.ids_BT.shape:
-            raise TeacherError("teacher answer", f"{key} has shape {tuple(get(answer, key).shape)} for ids of shape "
-                               f"{tuple(batch.ids_BT.shape)}", "Run one version of bitdistill-ray on all nodes")  # fmt: skip
+        if has(answer, key) and (shape := get(answer, key).shape[:2]) != arrays["ids"].shape:
+            raise TeacherError("teacher answer", f"{key} covers {tuple(shape)} positions of {arrays['ids'].shape}",
+                               "Run one version of bitdistill-ray on all nodes")  # fmt: skip

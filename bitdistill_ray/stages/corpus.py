@@ -1,0 +1,64 @@
+"""Which text a stage reads: what the teacher wrote, the configured corpus, or both."""
+
+from __future__ import annotations
+
+from bitdistill_ray.config import SourceConfig, TrainStage
+from bitdistill_ray.core import TokenBatch
+from bitdistill_ray.data.batch import token_batch
+from bitdistill_ray.data.feeder import Feeder
+from bitdistill_ray.data.sources import CorpusSpec, Source
+from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.stages.base import StageContext
+
+WRITTEN = "written"
+
+
+def corpus_of(context: StageContext, tokenizer: str) -> CorpusSpec:
+    """The corpus of this stage.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    stage, data = context.stage, context.config.data
+    wanted = stage.sources if isinstance(stage, TrainStage) else "auto"
+    text = context.earlier("text") if wanted in ("auto", "written") else None
+    configured = wanted if isinstance(wanted, tuple) else data.sources if wanted in ("auto", "corpus") else ()
+    sources = [source_of(context, source) for source in configured]
+    if text is not None:
+        sources.append(source_of(context, SourceConfig(path=context.run.storage.url_of(text)), name=WRITTEN))
+    if not sources:
+        raise ConfigError(f"stages.{context.name}.sources", f"{wanted!r} finds no text",
+                          "Set data.sources=PATH, or put a `write` stage before it")  # fmt: skip
+    return CorpusSpec(
+        sources=tuple(sources),
+        tokenizer=tokenizer,
+        sequence_length=data.sequence_length,
+        seed=data.seed + (stage.seed if isinstance(stage, TrainStage) else 0),
+        window=data.shuffle_window,
+        max_document_characters=data.max_document_characters,
+        prompt_is_target=isinstance(stage, TrainStage) and stage.prompt_is_target,
+    )
+
+
+def first_batches(corpus: CorpusSpec, sequences: int, *, batch: int = 4) -> list[TokenBatch]:
+    """About `sequences` sequences of a corpus for calibration, read in this process."""
+    feeder = Feeder(corpus, sequences_per_step=batch)
+    try:
+        return [token_batch(feeder.batch(step)) for step in range(-(-sequences // batch))]
+    finally:
+        feeder.close()
+
+
+def source_of(context: StageContext, source: SourceConfig, name: str = "") -> Source:
+    """A configured source with the run's storage options."""
+    storage = context.config.storage
+    return Source(
+        source.path,
+        name=name,
+        text_column=source.text_column,
+        prompt_column=source.prompt_column,
+        response_column=source.response_column,
+        endpoint_url=storage.endpoint_url,
+        region=storage.region,
+        anonymous=storage.anonymous,
+    )

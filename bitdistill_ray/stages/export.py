@@ -1,0 +1,49 @@
+"""`export`: the student is quantised for good and written as a packed folder (`docs/FORMAT.md`).
+
+The codes come from the same quantiser as in training, from the very weights that the forward pass saw.  With
+`baselines`, the round-to-nearest and the clipped-only student are packed too, so that they can be compared as equals.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bitdistill_ray.config import ExportStage
+from bitdistill_ray.model.student import load_student
+from bitdistill_ray.packed.model import export_packed
+from bitdistill_ray.runs import StageRecord, provenance
+from bitdistill_ray.stages.base import StageContext, stage
+from bitdistill_ray.stages.cluster import on_cluster
+
+BASELINES = ("rtn", "clipped")
+
+
+@stage("export")
+def export(context: StageContext) -> StageRecord:
+    """Publish `packed/`, and `packed-rtn/`, `packed-clipped/` where asked for."""
+    return on_cluster(_export, context, resources=context.config.student)
+
+
+def _export(context: StageContext) -> StageRecord:
+    options = context.stage
+    assert isinstance(options, ExportStage)
+    roles = {"packed": "student"}
+    if options.baselines:
+        student = context.earlier("student")
+        roles |= {f"packed-{role}": role for role in BASELINES if context.earlier(role) not in (None, student)}
+    artefacts, facts = {}, {}
+    for name, role in roles.items():
+        source = context.fetch(role)
+        with context.run.publish(context.path(name)) as folder:
+            pack_student(source, folder, {**provenance(context.config, stage=context.name), "student": role})
+            facts[f"{name}_bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        artefacts[name] = context.path(name)
+    return context.record(artefacts, **facts)
+
+
+def pack_student(source: Path, folder: Path, about: dict[str, object]) -> None:
+    """Pack the student folder `source` into `folder`.  Read in fp32, which holds bf16 and fp16 latents exactly."""
+    model, tokenizer = load_student(source, dtype=torch.float32)
+    export_packed(model, tokenizer, folder, about)

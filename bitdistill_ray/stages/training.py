@@ -1,0 +1,127 @@
+"""`finetune`, `pretrain`, `distill`: one way of training with three starting points and three losses.
+
+    finetune   the teacher's own model, cross-entropy in full precision; later stages use the result as their teacher
+    pretrain   the quantised student on the stream (cross-entropy, or KL from the teacher, or both)
+    distill    the quantised student against the teacher pool
+
+The driver places the teachers, the feeder and the monitor, measures CAKLD's gamma, and hands everything to Ray Train.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from bitdistill_ray.config import FinetuneStage, LossConfig, TrainStage
+from bitdistill_ray.data.dataset import user_error
+from bitdistill_ray.data.feeder import start_feeder
+from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.plan import steps
+from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.stages.base import StageContext, stage
+from bitdistill_ray.stages.corpus import corpus_of
+from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.monitor import Monitor, ProgressBar
+from bitdistill_ray.student.objective import objective_of
+from bitdistill_ray.student.worker import train_worker
+from bitdistill_ray.teacher.pool import TeacherPool
+
+
+@stage("finetune")
+@stage("pretrain")
+@stage("distill")
+def train(context: StageContext) -> StageRecord:
+    """Publish `student/` (or `teacher/` for finetune)."""
+    options, config = context.stage, context.config
+    assert isinstance(options, TrainStage)
+    finetunes = isinstance(options, FinetuneStage)
+    loss: LossConfig = LossConfig(ce=1.0) if finetunes else options.loss  # type: ignore[attr-defined]
+    role = "teacher" if finetunes else "student"
+    tokenizer = config.model.teacher if finetunes else str(context.fetch("student"))
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(context.run.storage, context.name)  # type: ignore[attr-defined]
+    feeder = start_feeder(corpus_of(context, tokenizer), sequences_per_step=options.batch_sequences)
+    pool = TeacherPool.start(context.teacher_source, config.teacher, config.storage) if loss.needs_teacher else None
+    try:
+        gamma = _gamma(loss, pool, feeder, options)
+        job = TrainJob(
+            config=config,
+            stage_name=context.name,
+            run=context.run,
+            loss=loss,
+            steps=steps(options, config.data.sequence_length),
+            source=None if finetunes else context.earlier("student"),
+            model_source=config.model.teacher if finetunes else None,
+            output=context.path(role),
+            feeder=feeder,
+            monitor=monitor,
+            teachers=pool.handles if pool else (),
+            gamma=gamma,
+            relation_layer=loss.relation.layer if loss.relation else None,
+        )
+        rows = _fit(job, monitor, context)
+    finally:
+        if pool:
+            pool.shutdown()
+        for actor in (feeder, monitor):
+            ray.kill(actor)
+    facts = {"steps": job.steps, "first_loss": round(rows[0]["loss"], 4), "last_loss": round(rows[-1]["loss"], 4)}
+    if gamma is not None:
+        facts["gamma"] = round(gamma, 4)
+    return context.record({role: context.path(role)}, **facts)
+
+
+def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, Any]]:
+    """Train to the end, restarting from checkpoints; returns the rows of `metrics.jsonl`."""
+    student, options = job.config.student, job.stage
+    filesystem, path = context.run.storage.child("checkpoints").arrow_filesystem()
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=student.workers,
+            use_gpu=student.gpus > 0,
+            resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=context.name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=student.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints),
+        ),
+    )
+    try:
+        with ProgressBar(monitor, job.steps, context.name):
+            trainer.fit()
+    except (RayError, ray.train.TrainingFailedError) as error:
+        refused: BitdistillError | None = ray.get(monitor.refusal.remote())
+        raise refused or user_error(error) or error from None
+    ray.get(monitor.flush.remote())
+    rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
+    context.run.storage.delete(f"checkpoints/{context.name}")
+    return rows
+
+
+def _gamma(loss: LossConfig, pool: TeacherPool | None, feeder: Any, options: TrainStage) -> float | None:
+    """CAKLD's scalar: given, or measured on the first sequences that the student will see."""
+    mode = objective_of(loss).scalar_gamma
+    if not isinstance(loss.gamma, str):
+        return float(loss.gamma)
+    if mode is None or pool is None:
+        return None
+    batches = [feeder.batch.remote(step) for step in range(-(-loss.gamma_sequences // options.batch_sequences))]
+    try:
+        estimates = ray.get([
+            pool.handles[i % len(pool.handles)].confidence.remote(batch, mode)
+            for i, batch in enumerate(batches)
+        ])  # fmt: skip
+    except RayError as error:
+        raise user_error(error) or error from None
+    total = sum(estimates[1:], start=estimates[0])
+    print(f"gamma = {total.value:.4f}: the teacher's mean {loss.gamma} probability over {total.tokens} tokens", flush=True)
+    return float(total.value)

@@ -1,0 +1,88 @@
+"""What a student reads: its share of every step's batch, and what the teachers said about it, always a little ahead.
+
+Batches of whole steps are asked for early, since they are small.  Questions go to the teachers in order, at most
+`in_flight` unanswered at a time, each with a reference to its batch, so the student waits neither for the feeder nor for
+a teacher until it needs their answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import RayError
+
+from bitdistill_ray.core import TeacherSignals
+from bitdistill_ray.data.batch import BatchArrays
+from bitdistill_ray.data.dataset import user_error
+from bitdistill_ray.teacher.client import TeacherClient, Ticket
+
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Which part of every step is this worker's."""
+
+    rank: int
+    ranks: int
+    micros: int
+
+
+class Inbox:
+    """Steps `first` to `steps` - 1, in order.  `data_wait_s` counts the time spent waiting for the feeder."""
+
+    def __init__(
+        self, feeder: Any, client: TeacherClient | None, share: Share, *, first: int, steps: int, in_flight: int
+    ) -> None:
+        self.feeder, self.client, self.share, self.in_flight = feeder, client, share, in_flight
+        self.unasked: deque[Any] = deque()
+        self.tickets: deque[Ticket] = deque()
+        self.ahead: deque[list[Any]] = deque()
+        self.next, self.steps = first, steps
+        self.data_wait_s = 0.0
+
+    def __iter__(self) -> Iterator[list[BatchArrays]]:
+        """The micro-batches of each step; ask `signals` for each of them, in order, before the next step."""
+        while True:
+            self._look_ahead()
+            if not self.ahead:
+                return
+            began = time.perf_counter()
+            try:
+                arrays: list[BatchArrays] = ray.get(self.ahead.popleft())
+            except RayError as error:
+                raise user_error(error) or error from None
+            self.data_wait_s += time.perf_counter() - began
+            yield arrays
+
+    def signals(self, arrays: BatchArrays, device: torch.device) -> TeacherSignals | None:
+        """What the teacher says about the next micro-batch, `arrays`; None where no teacher is asked."""
+        if self.client is None:
+            return None
+        answer = self.client.answer(self.tickets.popleft(), arrays, device)
+        self._ask()
+        return answer
+
+    def _look_ahead(self) -> None:
+        while self.next < self.steps and len(self.ahead) < STEPS_AHEAD:
+            share = self.share
+            refs = [
+                self.feeder.batch.remote(
+                    self.next, rank=share.rank, ranks=share.ranks, micro=micro, micros=share.micros
+                )
+                for micro in range(share.micros)
+            ]
+            self.ahead.append(refs)
+            self.unasked.extend(refs)
+            self.next += 1
+        self._ask()
+
+    def _ask(self) -> None:
+        while self.client is not None and self.unasked and len(self.tickets) < self.in_flight:
+            self.tickets.append(self.client.ask(self.unasked.popleft()))

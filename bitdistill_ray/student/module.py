@@ -1,0 +1,62 @@
+"""The student and its loss as one module: what DeepSpeed wraps.
+
+Everything that touches parameters happens inside `forward`, so that ZeRO's hooks see it: the base model, and the LM head
+once for each chunk of tokens.  The teacher's frozen head is *not* a submodule: it is no parameter of the student's, and
+ZeRO must neither shard nor cast it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from bitdistill_ray.core import TeacherSignals, TokenBatch
+from bitdistill_ray.losses.chunked import chunked_loss
+from bitdistill_ray.losses.objective import Objective
+from bitdistill_ray.losses.reduction import Totals
+from bitdistill_ray.model.forward import hidden_states
+from bitdistill_ray.model.heads import LMHead
+from bitdistill_ray.model.taps import attention_taps
+
+
+class LossModule(nn.Module):
+    """`forward(batch, signals, totals)` is the objective on one micro-batch, and its parts."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        chunk_tokens: int,
+        teacher_head: Callable[[Tensor], Tensor] | None = None,
+        gamma: float | None = None,
+        relation_layer: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.objective, self.chunk_tokens, self.gamma = objective, chunk_tokens, gamma
+        self.relation_layers = () if relation_layer is None else (relation_layer,)
+        self._heads = (LMHead(model), teacher_head)  # in a tuple, where nn.Module does not look for submodules
+
+    def forward(
+        self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """fp32 scalar to minimise, and detached parts by name; `batch` and `signals` on the module's device."""
+        student_head, teacher_head = self._heads
+        with attention_taps(self.model, self.relation_layers) as taps:
+            hidden_BTD = hidden_states(self.model, batch)
+        loss = chunked_loss(
+            hidden_BTD,
+            student_head,
+            signals,
+            teacher_head,
+            batch.labels_BT,
+            self.objective,
+            chunk_tokens=self.chunk_tokens,
+            gamma=self.gamma,
+            segment_BT=batch.segment_BT,
+            student_attention=taps[self.relation_layers[0]] if self.relation_layers else None,
+            totals=totals,
+        )
+        return loss.value, loss.parts

@@ -1,0 +1,54 @@
+"""From a recipe's `loss` section to the Objective that the losses understand."""
+
+from __future__ import annotations
+
+from bitdistill_ray.config import LossConfig
+from bitdistill_ray.losses.objective import (
+    GammaMode,
+    Objective,
+    Reduction,
+    RelationForm,
+    RelationTerm,
+    Scope,
+    Term,
+    TermKind,
+)
+
+
+def objective_of(loss: LossConfig) -> Objective:
+    """The Objective of `loss`; terms of weight 0 are left out."""
+    terms = []
+    if loss.ce:
+        terms.append(Term(kind=TermKind.CE, weight=loss.ce))
+    for kind in (TermKind.FORWARD_KL, TermKind.REVERSE_KL, TermKind.JSD, TermKind.CAKLD):
+        weight = getattr(loss, kind.value)
+        if weight:
+            terms.append(
+                Term(
+                    kind=kind,
+                    weight=weight,
+                    temperature=loss.temperature,
+                    tau_squared=loss.temperature_squared,
+                    scope=Scope(loss.kl_scope),
+                    gamma_mode=_gamma_mode(loss) if kind is TermKind.CAKLD else None,
+                )
+            )
+    relation = loss.relation and RelationTerm(
+        weight=loss.relation.weight,
+        form=RelationForm(loss.relation.form),
+        temperature=loss.relation.temperature,
+        relation_heads=loss.relation.heads,
+        causal=loss.relation.causal,
+        divide_by_heads=loss.relation.divide_by_heads,
+    )
+    return Objective(terms=tuple(terms), relation=relation, reduction=Reduction(loss.reduction))
+
+
+def _gamma_mode(loss: LossConfig) -> GammaMode:
+    return GammaMode(loss.gamma) if isinstance(loss.gamma, str) else GammaMode.FIXED
+
+
+def student_layer(layer: int, teacher_layers: int, student_layers: int) -> int:
+    """The student's layer that learns from the teacher's `layer`: the one at the same relative depth."""
+    layer %= teacher_layers
+    return max(0, round((layer + 1) * student_layers / teacher_layers) - 1)

@@ -1,0 +1,197 @@
+"""The function that Ray Train runs in every student worker: read, ask, learn, save.
+
+Each optimiser step averages over the valid tokens of its whole batch: the ranks add up their counts before the first
+backward pass, so that neither padding nor the number of workers or micro-batches changes the gradient.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import deepspeed
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitdistill_ray import env
+from bitdistill_ray.data.batch import BatchArrays, token_batch
+from bitdistill_ray.errors import BitdistillError, ModelError
+from bitdistill_ray.hardware import compute_dtype, local_device
+from bitdistill_ray.losses.reduction import Totals
+from bitdistill_ray.model.heads import FrozenHead
+from bitdistill_ray.model.load import load_model
+from bitdistill_ray.model.student import load_student, save_student
+from bitdistill_ray.runs import provenance, storage_opener
+from bitdistill_ray.student import checkpoint
+from bitdistill_ray.student.checkpoint import Position
+from bitdistill_ray.student.engine import accumulation, start_engine
+from bitdistill_ray.student.inbox import Inbox, Share
+from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.module import LossModule
+from bitdistill_ray.student.objective import objective_of, student_layer
+from bitdistill_ray.teacher import wire
+from bitdistill_ray.teacher.client import TeacherClient
+from bitdistill_ray.teacher.request import SignalRequest
+
+
+def train_worker(settings: dict[str, TrainJob]) -> None:
+    """Ray Train's entry: `settings["job"]` is a TrainJob."""
+    job = settings["job"]
+    refusal: BitdistillError | None = ray.get(job.monitor.refusal.remote())
+    if refusal is not None:
+        raise refusal
+    try:
+        Worker(job).run()
+    except BitdistillError as error:
+        ray.get(job.monitor.refuse.remote(error))
+        raise
+
+
+class Worker:
+    """One rank of one training stage."""
+
+    def __init__(self, job: TrainJob) -> None:
+        context = ray.train.get_context()
+        self.job, self.rank, self.ranks = job, context.get_world_rank(), context.get_world_size()
+        student = job.config.student
+        torch.set_num_threads(student.threads or env.cpu_count())
+        self.device = local_device() if student.gpus else torch.device("cpu")
+        self.dtype, why = compute_dtype(student.dtype, self.device)
+        self.micros = accumulation(job.stage, student)
+        self.model, self.tokenizer = self._load()
+        if student.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        self.client = self._client()
+        self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
+        if self.rank == 0:
+            print(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
+                  f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}", flush=True)  # fmt: skip
+
+    def run(self) -> None:
+        """From the newest checkpoint to the last step; then publish the weights."""
+        position = self._resume()
+        inbox = Inbox(
+            self.job.feeder,
+            self.client,
+            Share(rank=self.rank, ranks=self.ranks, micros=self.micros),
+            first=position.step,
+            steps=self.job.steps,
+            in_flight=self.job.config.teacher.in_flight,
+        )
+        for step, micros in enumerate(inbox, start=position.step):
+            began = time.perf_counter()
+            losses, tokens = self._step(micros, inbox)
+            self._report(step, losses, tokens, time.perf_counter() - began, inbox)
+            if (step + 1) % self.job.stage.checkpoint_every == 0 and step + 1 < self.job.steps:
+                self._save(step + 1)
+        self._publish()
+        ray.train.report({"step": self.job.steps})
+
+    def _step(self, micros: list[BatchArrays], inbox: Inbox) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimiser step: (loss and parts averaged over all ranks' micro-batches, target tokens of all ranks)."""
+        batches = [token_batch(arrays) for arrays in micros]
+        totals = Totals(torch.zeros(3, dtype=torch.float64))
+        for batch in batches:
+            totals = totals + Totals.count(batch.labels_BT, batch.segment_BT)
+        counts = totals.counts.to(self.device)
+        dist.all_reduce(counts)
+        shared = Totals(counts).shared_by(self.ranks * self.micros)
+        sums: dict[str, Tensor] = {}
+        for arrays, batch in zip(micros, batches, strict=True):
+            signals = inbox.signals(arrays, self.device)
+            value, parts = self.engine(batch.to(self.device), signals, shared)
+            self.engine.backward(value)
+            self.engine.step()
+            for name, part in {"loss": value.detach(), **parts}.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + part / self.micros
+        stacked = torch.stack(list(sums.values()))
+        dist.all_reduce(stacked)
+        return dict(zip(sums, stacked / self.ranks, strict=True)), counts[0]
+
+    def _report(self, step: int, losses: dict[str, Tensor], tokens: Tensor, seconds: float, inbox: Inbox) -> None:
+        if self.rank != 0:
+            return
+        names, values = list(losses), torch.stack([*losses.values(), tokens.float()]).tolist()
+        waits = self.client.take_counters() if self.client else {"teacher_wait_s": 0.0}
+        norm = self.engine.get_global_grad_norm()
+        row = {
+            "step": step,
+            **dict(zip(names, values, strict=False)),
+            "learning_rate": self.engine.get_lr()[0],
+            "grad_norm": None if norm is None else float(norm),
+            "tokens": int(values[-1]),
+            "seconds": seconds,
+            "tokens_per_s": values[-1] / seconds,
+            "data_wait_s": inbox.data_wait_s,
+            **waits,
+        }
+        inbox.data_wait_s = 0.0
+        if not torch.isfinite(losses["loss"]):
+            raise ModelError(f"stages.{self.job.stage_name}", f"the loss of step {step} is {values[0]}",
+                             "Lower the learning rate, or look at the data of that step")  # fmt: skip
+        self.job.monitor.step.remote(row)
+
+    def _resume(self) -> Position:
+        position = checkpoint.resume(self.engine)
+        if self.rank == 0:
+            ray.get(self.job.feeder.resume.remote(position.ledger))
+            ray.get(self.job.monitor.rewind.remote(position.step))
+            if position.step:
+                print(f"resumes at step {position.step} of {self.job.steps}", flush=True)
+        dist.barrier()
+        return position
+
+    def _save(self, step: int) -> None:
+        ledger = ray.get(self.job.feeder.state.remote(step - 1))
+        run = self.job.run.storage
+        checkpoint.save(self.engine, Position(step, ledger), {"step": step}, run.url if run.is_local else None)
+
+    def _load(self) -> tuple[Any, Any]:
+        if self.job.source is None:
+            opener = storage_opener(self.job.config.storage)
+            return load_model(str(self.job.model_source), dtype=self.dtype, storage=opener)
+        return load_student(self.job.run.fetch(self.job.source), dtype=self.dtype)
+
+    def _client(self) -> TeacherClient | None:
+        if not self.job.loss.needs_teacher:
+            return None
+        teacher = self.job.config.teacher
+        request = SignalRequest(payload=teacher.payload, topk=teacher.topk, attention_layer=self.job.relation_layer)
+        return TeacherClient(
+            self.job.teachers, request, timeout_s=teacher.timeout_s, attempts=teacher.attempts, first=self.rank
+        )
+
+    def _module(self) -> nn.Module:
+        teacher_head, layer = None, None
+        if self.client is not None:
+            message = ray.get(self.job.teachers[0].frozen_head.remote())
+            names = {name.removesuffix(":bf16") for name in message}
+            teacher_head = FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
+        if self.job.relation_layer is not None:
+            teacher_layers = ray.get(self.job.teachers[0].layers.remote())
+            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
+        return LossModule(
+            self.model,
+            objective_of(self.job.loss),
+            chunk_tokens=self.job.config.student.chunk_tokens,
+            teacher_head=teacher_head,
+            gamma=self.job.gamma,
+            relation_layer=layer,
+        )
+
+    def _publish(self) -> None:
+        """Gather the working copy on rank 0 and publish it; ZeRO-3 gathers one parameter at a time."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.job.config.student.zero == 3):
+                if self.rank == 0:
+                    tensors[name] = parameter.detach().cpu().clone()
+        if self.rank == 0:
+            with self.job.run.publish(self.job.output) as folder:
+                save_student(folder, self.model, self.tokenizer, tensors=tensors,
+                             provenance=provenance(self.job.config, stage=self.job.stage_name))  # fmt: skip
+        dist.barrier()
