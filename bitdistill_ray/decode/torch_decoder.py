@@ -43,7 +43,7 @@ class TorchDecoder:
                 "Load the model with attn_implementation='sdpa'",
             )
         self.model = model.eval()
-        self._base, self._head = model.base_model, LMHead.of(model)
+        self._base, self._head = model.base_model, LMHead(model)
         self._device: torch.device = model.device
         self._slot_tokens: int = min(slot_tokens, config.max_position_embeddings)
         self._cache = SlotCache(config, rows=slots, tokens=self._slot_tokens, dtype=model.dtype, device=self._device)
