@@ -76,7 +76,7 @@ def _pack_plane(fields_Rn: Tensor, plane_bits: int) -> Tensor:
     per_byte = 8 // plane_bits
     fields_Rn = torch.nn.functional.pad(fields_Rn, (0, -n % per_byte))
     fields = fields_Rn.reshape(rows, _plane_bytes(n, plane_bits), per_byte)
-    plane = fields[:, :, 0].clone()
+    plane: Tensor = fields[:, :, 0].clone()
     for place in range(1, per_byte):
         plane |= fields[:, :, place] << (place * plane_bits)
     return plane
@@ -84,5 +84,5 @@ def _pack_plane(fields_Rn: Tensor, plane_bits: int) -> Tensor:
 
 def _unpack_plane(plane: Tensor, n: int, plane_bits: int) -> Tensor:
     shifts = torch.arange(0, 8, plane_bits, dtype=torch.uint8, device=plane.device)
-    fields = (plane[:, :, None] >> shifts) & (2**plane_bits - 1)
+    fields: Tensor = (plane[:, :, None] >> shifts) & (2**plane_bits - 1)
     return fields.flatten(start_dim=1)[:, :n]

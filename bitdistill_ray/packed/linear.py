@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
+from bitdistill_kernels import Weight
 from torch import Tensor, nn
 
-from bitdistill_kernels import Weight
 from bitdistill_ray.core import Granularity, PackedWeight
 from bitdistill_ray.packed.weight import check_packed, to_device, unpack
 from bitdistill_ray.quant import dequantize, fake_quantize_activation
@@ -84,7 +84,7 @@ class PackedLinear(nn.Module):
         return output.to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, device=self.packed.codes.device)).device
         if device != self.packed.codes.device:
             self.packed = to_device(self.packed, device)

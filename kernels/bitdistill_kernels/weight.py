@@ -181,7 +181,8 @@ def quantize_activation(x: ArrayT) -> tuple[ArrayT, ArrayT]:
 
         peak = max(max|x|, 1e-5)    q = clamp(round half even(x * (127 / peak)), -128, 127)    scale = peak / 127
 
-    in float32, the integers of `bitdistill_ray.quant.quantize_activation`.  A token with a NaN or an infinity gets the scale NaN.  Raises KernelError for another dtype or K out of range.
+    in float32: the integers of `bitdistill_ray.quant.quantize_activation`.  A token with a NaN or an infinity gets the
+    scale NaN.  Raises KernelError for another dtype or K out of range.
     """
     given = buffer(x, "x", ("float32",))
     if not given.shape:

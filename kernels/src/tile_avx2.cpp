@@ -12,7 +12,9 @@
 #include "instruction_sets.h"
 #include "staging.inl"
 
-#if defined(__clang__)
+#if defined(BDK_NO_UNROLL)
+#define BDK_UNROLL
+#elif defined(__clang__)
 #define BDK_UNROLL _Pragma("unroll")
 #else
 #define BDK_UNROLL _Pragma("GCC unroll 32")
