@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from bitdistill_ray.decode.generation import FinishReason
@@ -34,6 +43,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 MAX_STOPS, MAX_CHOICES = 4, 128
 
+
+def _is_unicode(text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write (`"\\ud800"`) and no tokenizer can read."""
+    if not _printable(text) == text:
+        raise PydanticCustomError("invalid_unicode", "Input should be valid Unicode")
+    return text
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
 TokenIds = list[Annotated[StrictInt, Field(ge=0)]]
 
 
@@ -75,7 +97,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.retry_after_s = status, retry_after_s
-        self.body = ErrorBody(error=ErrorDetail(message=message, type=type, param=param, code=code))
+        self.body = ErrorBody(
+            error=ErrorDetail(message=_printable(message), type=type, param=param and _printable(param), code=code)
+        )
 
 
 class StreamOptions(BaseModel):
@@ -90,7 +114,7 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
-    model: str
+    model: Text
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -100,7 +124,7 @@ class GenerationRequest(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop: list[Text] = Field(default_factory=list, max_length=MAX_STOPS)
     seed: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -140,7 +164,7 @@ class GenerationRequest(BaseModel):
 class CompletionRequest(GenerationRequest):
     """`POST /v1/completions`: continue each prompt, given as text or as token ids."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds]
+    prompt: Text | list[Text] | TokenIds | list[TokenIds]
     max_tokens: int = Field(16, ge=1)
 
     @property
@@ -157,7 +181,7 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -165,8 +189,8 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+    content: Text | list[TextPart]
+    name: Text | None = None
 
     def for_template(self) -> dict[str, str]:
         """What a chat template takes; `developer` is OpenAI's newer name of `system`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from functools import cache
 
@@ -39,3 +40,9 @@ def greedy(model: PreTrainedModel, prompt: Sequence[int], max_tokens: int) -> li
 def greedy_text(prompt: tuple[int, ...], max_tokens: int) -> str:
     """The text of a greedy continuation by `tiny_model()`."""
     return str(tiny_tokenizer().decode(greedy(shared_model(), prompt, max_tokens), skip_special_tokens=True))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,106 @@
+"""`bitdistill serve PATH [--host H --port P --name N …]`: serve a model on this machine until Ctrl-C.
+
+Starts a Ray of its own, with token authentication under a token that only its processes know, and Ray Serve in it; at
+the end it stops those and nothing else.  On a cluster, `serve run bitdistill_serve.app:build model=PATH` does the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from bitdistill_ray import env
+from bitdistill_ray.errors import BitdistillError, ServeError
+from bitdistill_serve.options import ServeOptions
+
+OBJECT_STORE_BYTES = 128 << 20  # Serve moves requests, not tensors
+APPLICATION = "bitdistill"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns 0 after Ctrl-C, 2 after an error that the user can mend."""
+    args = _parser().parse_args(argv)
+    host, port = args.host, args.port
+    given = {name: value for name in ServeOptions.model_fields if (value := getattr(args, name)) is not None}
+    try:
+        options = ServeOptions.parse(given)
+        _check_port(host, port)
+        with _local_ray(options, host, port):
+            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+            print(f"{options.served_name} is ready: {url}/v1 (Ctrl-C stops it)", flush=True)
+            while True:
+                signal.pause()
+    except KeyboardInterrupt:
+        return 0
+    except BitdistillError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bitdistill serve", description="Serve a model on this machine.")
+    parser.add_argument("model", metavar="PATH", help=ServeOptions.model_fields["model"].description)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
+    parser.add_argument("--port", type=int, default=8000)
+    for name, option in ServeOptions.model_fields.items():
+        if name != "model":  # texts: ServeOptions reads and checks them
+            parser.add_argument(f"--{name.replace('_', '-')}", help=f"{option.description} (default: {option.default})")
+    return parser
+
+
+def _check_port(host: str, port: int) -> None:
+    """Refuse a port that cannot be listened on; Serve would try for minutes and then not say why."""
+    try:
+        if port == 0:
+            raise OverflowError("0 stands for any port")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ServeError(f"--host {host} --port {port}", str(error), "Give a free port of this machine") from None
+
+
+@contextmanager
+def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
+    """Ray, Serve and the application, up inside the block and gone after it, whatever ends it."""
+    from bitdistill_ray.model.sources import resolve
+
+    name, options = options.served_name, options.model_copy(update={"model": resolve(options.model)})
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # read when ray is imported
+    import ray
+    from ray import serve
+
+    from bitdistill_serve.app import build
+
+    ray.init(
+        address="local",
+        num_cpus=max(env.cpu_count(), options.threads or 1),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level="warning",
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; ray.init has set one that skips the end
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": host, "port": port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+        )
+        try:
+            serve.run(build(options.model_dump() | {"name": name}), name=APPLICATION, route_prefix="/")
+        except RuntimeError as error:  # Serve's only error for a replica that could not be made
+            raise ServeError(options.model, str(error), "See the log above") from None
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""The application as users run it: Ray Serve, real HTTP, clients that hang up."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.serve.references import free_port, greedy_text, prompt_ids
+from tests.tiny_models import save_tiny
+
+pytestmark = pytest.mark.slow
+
+SLOTS, QUEUE = 2, 2
+LONG = {"model": "tiny", "prompt": "A", "temperature": 0, "max_tokens": 8000}  # about ten seconds
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("serve") / "tiny", max_position_embeddings=16384)
+
+
+@pytest.fixture(scope="module")
+def client(ray_session: None, folder: Path) -> Iterator[httpx.Client]:
+    from bitdistill_serve.app import build
+    from ray import serve
+
+    port = free_port()
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    args = {"model": str(folder), "slots": str(SLOTS), "queue": str(QUEUE), "slot_tokens": "8192", "threads": "1"}
+    serve.run(build(args), name="under-test", route_prefix="/")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        yield client
+    serve.shutdown()
+
+
+def until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def running(client: httpx.Client) -> int:
+    return int(client.get("/health").json()["running"])
+
+
+def test_a_completion_over_http(client: httpx.Client) -> None:
+    body: dict[str, Any] = {"model": "tiny", "prompt": "The quick", "temperature": 0, "max_tokens": 12}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.json()["choices"][0]["text"] == greedy_text(prompt_ids("The quick"), 12)
+    assert answer.headers.get_list("x-request-id") == [answer.json()["id"].removeprefix("cmpl-")]
+    with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as stream:
+        lines = [line for line in stream.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_frees_its_slot(client: httpx.Client, stream: bool) -> None:
+    until(lambda: running(client) == 0)
+    body = LONG | {"stream": stream}
+    with httpx.Client(base_url=client.base_url) as impatient:
+        if stream:
+            with impatient.stream("POST", "/v1/completions", json=body, timeout=60) as response:
+                lines = response.iter_lines()  # kept: httpx hangs up when it is collected
+                assert next(lines).startswith("data: ")
+                assert running(client) == 1
+        else:
+            with ThreadPoolExecutor(1) as thread:
+                answer = thread.submit(impatient.post, "/v1/completions", json=body, timeout=2)
+                until(lambda: running(client) == 1)
+            assert isinstance(answer.exception(), httpx.ReadTimeout)
+    until(lambda: running(client) == 0)
+
+
+def test_more_than_the_queue_holds_is_refused(client: httpx.Client) -> None:
+    until(lambda: running(client) == 0)
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: client.post("/v1/completions", json=LONG | {"max_tokens": 500}), range(8)))
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert sum(answer.status_code == 200 for answer in answers) >= SLOTS + QUEUE
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in answers if answer.status_code == 429)
+
+
+def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "bitdistill_serve.cli", str(folder), "--port", str(port), "--slots", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = next(line for line in server.stdout if "is ready" in line)
+        assert f"http://127.0.0.1:{port}/v1" in ready
+        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny"
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=120)
+    assert server.returncode == 0
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"http://127.0.0.1:{port}/health")
