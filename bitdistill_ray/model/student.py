@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -127,6 +128,13 @@ def save_student(
             replace_folder(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def saved_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the latent weights in `folder`: the one they were trained in."""
+    with storage_errors(str(folder)), safe_open(folder / LATENT_FILE, framework="pt") as file:
+        dtype: torch.dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return dtype
 
 
 def load_student(folder: Path, *, dtype: torch.dtype, device: torch.device | str | None = None) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from bitdistill_ray.evaluation import language, tasks
 from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.evaluation.table import print_table
 from bitdistill_ray.hardware import compute_dtype, local_device
+from bitdistill_ray.inspect import summarise
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.model import load_packed_model
@@ -62,7 +63,7 @@ def _evaluate(context: StageContext) -> list[ModelReport]:
             continue
         folder = context.run.fetch(path)
         student, _ = load_packed_model(folder, dtype=dtype, device=device, kernels=False)
-        sizes = PackedFolder.open(folder).sizes()
+        sizes = summarise(PackedFolder.open(folder))
         report = ModelReport(NAMES[role], sizes.bits_per_weight, sizes.bytes, sizes.bytes_without_embeddings)
         _measure(report, student, teacher, tokenizer, texts, rows)
         reports.append(report)

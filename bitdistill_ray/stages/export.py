@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from bitdistill_ray.config import ExportStage
-from bitdistill_ray.model.student import load_student
+from bitdistill_ray.model.student import load_student, saved_dtype
 from bitdistill_ray.packed.model import export_packed
 from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stages.base import StageContext, stage
@@ -44,6 +42,6 @@ def _export(context: StageContext) -> StageRecord:
 
 
 def pack_student(source: Path, folder: Path, about: dict[str, object]) -> None:
-    """Pack the student folder `source` into `folder`.  Read in fp32, which holds bf16 and fp16 latents exactly."""
-    model, tokenizer = load_student(source, dtype=torch.float32)
-    export_packed(model, tokenizer, folder, about)
+    """Pack the student folder `source`, in the dtype in which its latents were trained and saved, into `folder`."""
+    model, tokenizer = load_student(source, dtype=saved_dtype(source))
+    export_packed(model, tokenizer, folder, provenance=about)

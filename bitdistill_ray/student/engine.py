@@ -1,8 +1,9 @@
 """One student as a DeepSpeed engine: the optimiser, the learning-rate schedule, the ZeRO configuration.
 
 DeepSpeed keeps fp32 master weights behind a bf16 or fp16 working copy (tiny updates of ternary weights would round away
-otherwise); the quantiser sees the working copy, in training as in evaluation and export.  The optimiser is torch's, so
-that no compiler is needed at run time.
+otherwise); the quantiser sees the working copy, in training as in evaluation and export.  Nothing is compiled at run
+time: the optimiser is torch's, and DeepSpeed's shared-memory reduction for CPUs, which it would build on first use
+behind a file lock that a killed process never gives back, is left out in favour of gloo.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import nn
 
 from bitdistill_ray.config import StudentConfig, TrainStage
 
+SHARED_MEMORY_REDUCTION = "deepspeed_shm_comm"
+
 
 def start_engine(
     module: nn.Module, *, stage: TrainStage, student: StudentConfig, steps: int, dtype: torch.dtype
@@ -23,6 +26,7 @@ def start_engine(
     """Wrap `module` for training; torch.distributed must be initialised (Ray Train has done it)."""
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_REDUCTION] = False
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=stage.learning_rate,
