@@ -116,8 +116,9 @@ class Weight:
         """x Wᵀ + bias: float32 [..., K] to float32 [..., N], numpy to numpy and torch to torch.
 
         activation_bits None multiplies in fp32.  8 quantises each token to int8 (`quantize_activation`) and sums each
-        group's products exactly; the result is the same bits on every instruction set and thread count.  `out` is a
-        contiguous array to write to.  Raises KernelError where a shape or dtype does not fit.
+        group's products exactly; the result is the same bits on every instruction set.  Either way it does not depend
+        on the number of threads, nor a token's row on the tokens beside it.  `out` is a contiguous array to write to.
+        Raises KernelError where a shape or dtype does not fit.
         """
         N, K = self.shape
         given = buffer(x, "x", ("float32",))

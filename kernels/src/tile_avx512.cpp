@@ -272,7 +272,7 @@ inline void multiply_columns(Weights weights, const float* values, std::int64_t 
 
 template <int kTokens, Coding kCoding>
 void fp32_columns(const TileLayout& layout, const std::uint8_t* at, FloatActivations x, float* out) {
-  constexpr int kParts = kTokens >= 4 ? 1 : 4 / kTokens;
+  constexpr int kParts = 2;  // for any number of tokens, so that no token's rounding depends on those beside it
   constexpr bool kSigned = kCoding == Coding::kNormalFloat;
   const __m512 table = float_table(layout.float_levels);
   const __m512i low_mask = _mm512_set1_epi32(3);
@@ -345,13 +345,13 @@ void fp32_columns(const TileLayout& layout, const std::uint8_t* at, FloatActivat
 void float_tile(const TileLayout& layout, const std::uint8_t* tile, FloatActivations x, int tokens, float* out) {
   std::memset(out, 0, static_cast<std::size_t>(tokens) * kTileRows * sizeof(float));
   using Kernel = void (*)(const TileLayout&, const std::uint8_t*, FloatActivations, float*);
-  static constexpr int kWidths[] = {8, 4, 2, 1};
+  static constexpr int kWidths[] = {6, 4, 2, 1};
   static constexpr Kernel kKernels[3][4] = {
-      {fp32_columns<8, Coding::kTwoBit>, fp32_columns<4, Coding::kTwoBit>, fp32_columns<2, Coding::kTwoBit>,
+      {fp32_columns<6, Coding::kTwoBit>, fp32_columns<4, Coding::kTwoBit>, fp32_columns<2, Coding::kTwoBit>,
        fp32_columns<1, Coding::kTwoBit>},
-      {fp32_columns<8, Coding::kThreeBit>, fp32_columns<4, Coding::kThreeBit>, fp32_columns<2, Coding::kThreeBit>,
+      {fp32_columns<6, Coding::kThreeBit>, fp32_columns<4, Coding::kThreeBit>, fp32_columns<2, Coding::kThreeBit>,
        fp32_columns<1, Coding::kThreeBit>},
-      {fp32_columns<8, Coding::kNormalFloat>, fp32_columns<4, Coding::kNormalFloat>,
+      {fp32_columns<6, Coding::kNormalFloat>, fp32_columns<4, Coding::kNormalFloat>,
        fp32_columns<2, Coding::kNormalFloat>, fp32_columns<1, Coding::kNormalFloat>}};
   const Kernel* kernels = kKernels[static_cast<int>(layout.coding)];
   for (int token = 0, width = 0; token < tokens;) {
