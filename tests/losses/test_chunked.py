@@ -186,6 +186,13 @@ def test_with_relations() -> None:
     torch.testing.assert_close(loss.parts["relation"], ad.detach())
     loss.value.backward()
     assert states.q_BHTC.grad is not None
+    shared = chunked_loss(
+        hidden(0), student_head, signals, teacher_head, BATCH.labels_BT, objective,
+        chunk_tokens=5, segment_BT=BATCH.segment_BT, student_attention=states,
+        totals=Totals.count(BATCH.labels_BT, BATCH.segment_BT).shared_by(4),
+    )  # fmt: skip
+    torch.testing.assert_close(shared.value, 4 * loss.value)
+    torch.testing.assert_close(shared.parts["relation"], 4 * ad.detach())
 
 
 def test_trap_label_shift() -> None:

@@ -219,3 +219,25 @@ def test_never_holds_the_relations_of_all_heads() -> None:
             attention_relation_loss(student, attention(10, **shape), valid_BT, term).backward()
         largest[size] = mode.elements
     assert largest == {1: 2 * 64 * 64, 8: 2 * 8 * 64 * 64}
+
+
+def test_sizes_measured_on_the_authors_code() -> None:
+    """Random tensors of Qwen3-0.6B's shape with noise 0.5: the size of the loss under each of the three definitions,
+    which differ by 70 x, so that the same weight means very different things."""
+    shape = {"b": 1, "t": 128, "h": 16, "j": 8, "c": 128}
+    teacher, noise = attention(0, **shape), attention(10, **shape)
+    student = AttentionStates(
+        layer=1,
+        q_BHTC=teacher.q_BHTC + 0.5 * noise.q_BHTC,
+        k_BJTC=teacher.k_BJTC + 0.5 * noise.k_BJTC,
+        v_BJTC=teacher.v_BJTC + 0.5 * noise.v_BJTC,
+    )
+    valid_BT = torch.ones(1, 128, dtype=torch.bool)
+    sizes = {
+        1.55e-2: RelationTerm(weight=1.0, relation_heads=32),
+        4.7e-4: RelationTerm(weight=1.0, relation_heads=1),
+        4.85e-4: RelationTerm(weight=1.0, relation_heads=32, divide_by_heads=True),
+        3.4e-2: RelationTerm(weight=1.0, form=RelationForm.SCALED_DOT),
+    }
+    for size, term in sizes.items():
+        assert float(attention_relation_loss(student, teacher, valid_BT, term)) == pytest.approx(size, rel=0.05)
