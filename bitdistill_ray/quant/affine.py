@@ -27,7 +27,7 @@ class Affine(Quantizer):
     """Codes 0 .. 2^bits - 1 stand for (code - zero) times the scale."""
 
     def __init__(self, bits: int) -> None:
-        self.largest = 2**bits - 1
+        self.largest: int = 2**bits - 1
 
     def raw_scale(self, w_RGS: Tensor) -> Tensor:
         return self._range_scale(*extremes(w_RGS))
@@ -55,7 +55,7 @@ class Affine(Quantizer):
         ratio_RGS = w_RGS / scale_RGC
         index_RGS = round_(ratio_RGS.clone(), rounding)
         low_RG1, high_RG1 = self._bounds(zero_RG1)
-        inside_RGS = (index_RGS >= low_RG1) & (index_RGS <= high_RG1)
+        inside_RGS = ((index_RGS >= low_RG1) & (index_RGS <= high_RG1)).to(w_RGS.dtype)
         slope_RGS = index_RGS.clamp_(low_RG1, high_RG1).sub_(ratio_RGS.mul_(inside_RGS))
         bottom_RG1, top_RG1 = extremes(w_RGS)
         to_RG1 = slope_RGS.mul_(grad_RGS).sum(dim=-1, keepdim=True) / self.largest
@@ -69,7 +69,8 @@ class Affine(Quantizer):
     def _bounds(self, zero_RG1: Tensor | None) -> tuple[Tensor, Tensor]:
         """Lowest and highest index."""
         assert zero_RG1 is not None
-        return torch.rsub(zero_RG1, 0.0), torch.rsub(zero_RG1, self.largest)
+        low_RG1 = zero_RG1.neg().add(0.0)  # never -0.0
+        return low_RG1, low_RG1.add(self.largest)
 
 
 register(Format.INT2, Affine(bits=2))

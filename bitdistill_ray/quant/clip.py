@@ -96,7 +96,7 @@ def search_clip(
     spec: QuantSpec,
     grid: ClipGrid | None = None,
     *,
-    chunk_weights: int = 1 << 22,
+    chunk_weights: int = 1 << 20,
     name: str = "weight",
 ) -> ClipRange:
     """The clipping range of every group that keeps the layer's output closest to that of the unquantised weight.

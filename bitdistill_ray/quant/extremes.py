@@ -21,6 +21,6 @@ def route_(grad_RGS: Tensor, to_RG1: Tensor, w_RGS: Tensor, extreme_RG1: Tensor)
 
     This is what autograd does for `amax` and `amin`.  Where the extreme is the zero of no weight, nobody gets it.
     """
-    at_RGS = w_RGS == extreme_RG1
+    at_RGS = (w_RGS == extreme_RG1).to(grad_RGS.dtype)
     share_RG1 = to_RG1 / at_RGS.sum(dim=-1, keepdim=True).clamp(min=1)
-    return grad_RGS.addcmul_(at_RGS.to(grad_RGS.dtype), share_RG1)
+    return grad_RGS.addcmul_(at_RGS, share_RG1)

@@ -49,7 +49,7 @@ class Learnable(Quantizer):
         self, grad_RGS: Tensor, w_RGS: Tensor, scale_RGC: Tensor, zero_RG1: Tensor | None, rounding: Rounding
     ) -> tuple[Tensor, Tensor]:
         x_RGS = w_RGS / scale_RGC
-        inside_RGS = (x_RGS >= self.low) & (x_RGS <= self.high)
+        inside_RGS = ((x_RGS >= self.low) & (x_RGS <= self.high)).to(w_RGS.dtype)
         level_RGS = self.decode(self.encode(w_RGS, scale_RGC, zero_RG1, rounding), scale_RGC.new_ones(()))
         slope_RGS = level_RGS.sub_(x_RGS.mul_(inside_RGS))
         return grad_RGS * inside_RGS, slope_RGS.mul_(grad_RGS).sum(dim=-1, keepdim=True)
