@@ -10,8 +10,26 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitdistill_ray.core import AttentionStates, TeacherSignals, TokenBatch, TopK
+from bitdistill_ray.losses.objective import GammaMode, Objective, Reduction, Scope, Term, TermKind
 
 B, T, D, V = 2, 11, 8, 29
+
+GAMMA = 0.35
+CE = Term(kind=TermKind.CE)
+OBJECTIVES = {
+    "ce": Objective(terms=(CE,)),
+    "bitdistiller": Objective(terms=(Term(kind=TermKind.CAKLD, gamma_mode=GammaMode.LABEL),)),
+    "bitdistiller-code": Objective(
+        terms=(Term(kind=TermKind.CAKLD, gamma_mode=GammaMode.MAX),), reduction=Reduction.SEQUENCE_SUM
+    ),
+    "angelslim": Objective(terms=(CE, Term(kind=TermKind.CAKLD, gamma_mode=GammaMode.PER_TOKEN))),
+    "bitdistill": Objective(
+        terms=(CE, Term(kind=TermKind.FORWARD_KL, weight=10, temperature=5, tau_squared=True, scope=Scope.PRESENT))
+    ),
+    "jsd+reverse": Objective(
+        terms=(Term(kind=TermKind.JSD, beta=0.2), Term(kind=TermKind.REVERSE_KL, weight=0.5, scope=Scope.PRESENT))
+    ),
+}
 
 
 def generator(seed: int = 0) -> torch.Generator:
