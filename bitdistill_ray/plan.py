@@ -5,12 +5,13 @@ All figures are arithmetic over the configuration and the models' shapes; nothin
 
 from __future__ import annotations
 
-from bitdistill_ray.config import Config, TrainStage
+from bitdistill_ray.config import Config
 from bitdistill_ray.core import Granularity, Payload
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.recipe import dump
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.shape import ModelShape, read_shape
+from bitdistill_ray.stage_config import TrainStage
 
 GIB = 2**30
 H100_BF16 = 800e12  # dense bf16 FLOP/s that a large product reaches
@@ -47,9 +48,7 @@ def describe(config: Config) -> str:
     """The resolved configuration and what it costs."""
     teacher, student = preflight(config)
     spec = config.quant.spec
-    linear_bits = sum(
-        student.layers * n * k * spec.bits_per_weight(n, k) for n, k in student.linears.values()
-    )
+    linear_bits = sum(student.layers * n * k * spec.bits_per_weight(n, k) for n, k in student.linears.values())
     others = student.embedding_parameters * 2
     before = 2 * (student.linear_parameters + student.embedding_parameters)
     after = linear_bits / 8 + others

@@ -146,7 +146,11 @@ def provenance(config: Config, **more: Any) -> dict[str, Any]:
         "teacher": config.model.teacher,
         "recipe": yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))),
         "data": [source.path for source in config.data.sources],
-        "versions": {"bitdistill-ray": __version__, "python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "bitdistill-ray": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
         **more,
     }
 

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitdistill_ray.config import TaskConfig
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluation.metric import Metric, bootstrap
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
+from bitdistill_ray.stage_config import TaskConfig
 
 ROWS_AT_A_TIME = 16
 
@@ -49,7 +49,9 @@ def _prompt(tokenizer: Any, row: dict[str, Any], task: TaskConfig) -> list[int]:
     try:
         text = task.template.format(**row)
     except KeyError as missing:
-        raise DataError(f"tasks.{task.name}.template", f"names the column {missing}", f"Columns: {sorted(row)}") from None
+        raise DataError(
+            f"tasks.{task.name}.template", f"names the column {missing}", f"Columns: {sorted(row)}"
+        ) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 
@@ -69,4 +71,6 @@ def _scores(model: nn.Module, prompts: list[list[int]], label: list[int]) -> Ten
     at_RS = torch.tensor([[len(p) - 1 + j for j in range(len(label))] for p in prompts], device=hidden_BTD.device)
     picked_RSD = hidden_BTD.gather(1, at_RS.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
     log_RSV = LMHead(model)(picked_RSD).float().log_softmax(-1)
-    return log_RSV.gather(-1, torch.tensor(label, device=log_RSV.device).expand_as(at_RS).unsqueeze(-1)).sum((1, 2)).cpu()
+    return (
+        log_RSV.gather(-1, torch.tensor(label, device=log_RSV.device).expand_as(at_RS).unsqueeze(-1)).sum((1, 2)).cpu()
+    )

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitdistill_ray.config import Config, StageConfig
+from bitdistill_ray.config import Config
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.runs import RunFolder, StageRecord
+from bitdistill_ray.stage_config import StageConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import torch
 from ray.experimental import tqdm_ray
 from torch import Tensor
 
-from bitdistill_ray.config import ClipStage
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.hardware import compute_dtype, local_device
 from bitdistill_ray.model.forward import hidden_states
@@ -22,6 +21,7 @@ from bitdistill_ray.model.linear import QuantLinear, plain_linears
 from bitdistill_ray.model.student import load_student, save_student
 from bitdistill_ray.quant import ClipGrid, ClipStatistics, apply_clip, search_clip
 from bitdistill_ray.runs import StageRecord, provenance
+from bitdistill_ray.stage_config import ClipStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.corpus import corpus_of, first_batches

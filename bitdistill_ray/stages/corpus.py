@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from bitdistill_ray.config import SourceConfig, TrainStage
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.data.batch import token_batch
 from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.stage_config import SourceConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext
 
 WRITTEN = "written"

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from ray.experimental import tqdm_ray
 
-from bitdistill_ray.config import EvaluateStage, SourceConfig, TaskConfig
 from bitdistill_ray.data.tables import read_rows, read_texts
 from bitdistill_ray.evaluation import language, tasks
 from bitdistill_ray.evaluation.metric import ModelReport
@@ -24,6 +23,7 @@ from bitdistill_ray.model.load import load_model
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.model import load_packed_model
 from bitdistill_ray.runs import StageRecord, storage_opener
+from bitdistill_ray.stage_config import EvaluateStage, SourceConfig, TaskConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.corpus import source_of
@@ -102,5 +102,7 @@ def _measure(
 def _teacher_report(teacher: Any) -> ModelReport:
     """The teacher's sizes in 16 bits, whatever it is held in here."""
     total = sum(p.numel() for p in teacher.parameters())
-    embeddings = {id(m.weight): m.weight.numel() for m in (teacher.get_input_embeddings(), teacher.get_output_embeddings())}
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in (teacher.get_input_embeddings(), teacher.get_output_embeddings())
+    }
     return ModelReport("teacher", 16.0, 2 * total, 2 * (total - sum(embeddings.values())))

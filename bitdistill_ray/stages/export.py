@@ -6,12 +6,9 @@ The codes come from the same quantiser as in training, from the very weights tha
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from bitdistill_ray.config import ExportStage
-from bitdistill_ray.model.student import load_student, saved_dtype
-from bitdistill_ray.packed.model import export_packed
+from bitdistill_ray.packed.export import pack_student
 from bitdistill_ray.runs import StageRecord, provenance
+from bitdistill_ray.stage_config import ExportStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 
@@ -39,9 +36,3 @@ def _export(context: StageContext) -> StageRecord:
             facts[f"{name}_bytes"] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         artefacts[name] = context.path(name)
     return context.record(artefacts, **facts)
-
-
-def pack_student(source: Path, folder: Path, about: dict[str, object]) -> None:
-    """Pack the student folder `source`, in the dtype in which its latents were trained and saved, into `folder`."""
-    model, tokenizer = load_student(source, dtype=saved_dtype(source))
-    export_packed(model, tokenizer, folder, provenance=about)

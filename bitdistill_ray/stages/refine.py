@@ -6,13 +6,13 @@ training, is the round-to-nearest student: the baseline of everything after it.
 
 from __future__ import annotations
 
-from bitdistill_ray.config import RefineStage
 from bitdistill_ray.hardware import compute_dtype, local_device
 from bitdistill_ray.model.identity import identity, refuse_mismatch
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import SubLN, calibrate_subln, insert_subln, quantize_linears
 from bitdistill_ray.runs import StageRecord, provenance, storage_opener
+from bitdistill_ray.stage_config import RefineStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.corpus import corpus_of, first_batches

@@ -17,12 +17,12 @@ from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from bitdistill_ray.config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.data.dataset import user_error
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
 from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.student.job import TrainJob
@@ -123,5 +123,7 @@ def _gamma(loss: LossConfig, pool: TeacherPool | None, feeder: Any, options: Tra
     except RayError as error:
         raise user_error(error) or error from None
     total = sum(estimates[1:], start=estimates[0])
-    print(f"gamma = {total.value:.4f}: the teacher's mean {loss.gamma} probability over {total.tokens} tokens", flush=True)
+    print(
+        f"gamma = {total.value:.4f}: the teacher's mean {loss.gamma} probability over {total.tokens} tokens", flush=True
+    )
     return float(total.value)

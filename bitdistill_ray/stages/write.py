@@ -20,12 +20,12 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from tqdm import tqdm
 
-from bitdistill_ray.config import SourceConfig, WriteStage
 from bitdistill_ray.data.dataset import user_error
 from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.stage_config import SourceConfig, WriteStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.corpus import source_of
 from bitdistill_ray.teacher.actor import Written
@@ -128,7 +128,9 @@ def _publish(context: StageContext, part: Part, texts: list[Written], options: W
         if kept:
             sink = pa.BufferOutputStream()
             pq.write_table(pa.Table.from_pylist(kept), sink, compression="zstd")
-            context.run.storage.write_bytes(context.path(f"{split}/part-{number:05}.parquet"), sink.getvalue().to_pybytes())
+            context.run.storage.write_bytes(
+                context.path(f"{split}/part-{number:05}.parquet"), sink.getvalue().to_pybytes()
+            )
     kept_count = len(rows["text"]) + len(rows["held-out"])
     stats = {"kept": kept_count, "held_out": len(rows["held-out"]), "repetitive": len(texts) - kept_count,
              "tokens": sum(len(t.response_ids) for t in texts)}  # fmt: skip

@@ -15,7 +15,8 @@ import deepspeed
 import torch
 from torch import nn
 
-from bitdistill_ray.config import StudentConfig, TrainStage
+from bitdistill_ray.config import StudentConfig
+from bitdistill_ray.stage_config import TrainStage
 
 SHARED_MEMORY_REDUCTION = "deepspeed_shm_comm"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from bitdistill_ray.config import Config, LossConfig, TrainStage
+from bitdistill_ray.config import Config
 from bitdistill_ray.runs import RunFolder
+from bitdistill_ray.stage_config import LossConfig, TrainStage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bitdistill_ray.config import LossConfig
 from bitdistill_ray.losses.objective import (
     GammaMode,
     Objective,
@@ -13,6 +12,7 @@ from bitdistill_ray.losses.objective import (
     Term,
     TermKind,
 )
+from bitdistill_ray.stage_config import LossConfig
 
 
 def objective_of(loss: LossConfig) -> Objective:

@@ -89,7 +89,9 @@ class TeacherClient:
             self.retries += 1
             ticket.attempt += 1
             ticket.teacher = self._least_busy(avoid=ticket.teacher)
-            print(f"{reason}: asking teacher {ticket.teacher} (attempt {ticket.attempt} of {self.attempts})", flush=True)
+            print(
+                f"{reason}: asking teacher {ticket.teacher} (attempt {ticket.attempt} of {self.attempts})", flush=True
+            )
             ticket.answer = self._send(ticket.batch, ticket.teacher)
 
     def _send(self, batch: Any, teacher: int) -> Any:

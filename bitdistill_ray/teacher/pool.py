@@ -40,12 +40,11 @@ class TeacherPool:
             num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=0
         )
         handles = tuple(
-            remote.remote(source, dtype=config.dtype, threads=config.threads, storage=storage) for _ in range(config.actors)
+            remote.remote(source, dtype=config.dtype, threads=config.threads, storage=storage)
+            for _ in range(config.actors)
         )
         try:
-            identities: list[ModelIdentity] = ray.get(
-                [h.handshake.remote() for h in handles], timeout=config.timeout_s
-            )
+            identities: list[ModelIdentity] = ray.get([h.handshake.remote() for h in handles], timeout=config.timeout_s)
             description: str = ray.get(handles[0].describe.remote(), timeout=config.timeout_s)
         except GetTimeoutError:
             cls._kill(handles)

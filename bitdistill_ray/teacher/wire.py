@@ -32,7 +32,7 @@ def put(message: Message, key: str, tensor: Tensor) -> None:
 
 
 def get(message: Message, key: str) -> Tensor:
-    """The tensor that `put` stored, bit for bit. """
+    """The tensor that `put` stored, bit for bit."""
     bf16 = key + _BF16 in message
     array: np.ndarray[Any, Any] = message[key + _BF16] if bf16 else message[key]
     if not array.flags.writeable:

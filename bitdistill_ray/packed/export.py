@@ -1,0 +1,16 @@
+"""From a student folder on disk to a packed folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitdistill_ray.model.student import load_student, saved_dtype
+from bitdistill_ray.packed.model import export_packed
+
+
+def pack_student(source: Path, folder: Path, about: Mapping[str, Any]) -> None:
+    """Pack the student folder `source`, in the dtype in which its latents were trained and saved, into `folder`."""
+    model, tokenizer = load_student(source, dtype=saved_dtype(source))
+    export_packed(model, tokenizer, folder, provenance=about)

@@ -1,0 +1,229 @@
+"""The stages' sections of the configuration tree, and the pieces they share with the rest of it (see `config.py`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from bitdistill_ray.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """A frozen section that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(Strict):
+    """One corpus: a folder, a file, a glob or `s3://bucket/prefix` of parquet, JSONL (.gz, .zst) or text."""
+
+    path: str
+    text_column: str = "text"
+    prompt_column: str | None = None
+    response_column: str | None = None
+
+
+def _sources(value: Any) -> Any:
+    if isinstance(value, str):
+        value = [value]
+    return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources)]
+
+
+class RelationConfig(Strict):
+    """Attention-relation distillation (spec: BitNet Distillation, eq. 10-12 and Algorithm 1)."""
+
+    weight: float = Field(gt=0)
+    layer: int = -1
+    """Which layer; negative counts from the end."""
+    form: Literal["cosine", "scaled-dot"] = "cosine"
+    heads: int | None = Field(32, ge=1)
+    """Relation heads that the merged heads are split into; empty: the attention's own."""
+    temperature: float = Field(1.0, gt=0)
+    divide_by_heads: bool = True
+    """Divide by the relation heads once more, as the authors' code does."""
+    causal: bool = False
+
+
+class LossConfig(Strict):
+    """A weighted sum of losses; what has weight 0 is not computed."""
+
+    ce: float = Field(0.0, ge=0)
+    forward_kl: float = Field(0.0, ge=0)
+    reverse_kl: float = Field(0.0, ge=0)
+    jsd: float = Field(0.0, ge=0)
+    cakld: float = Field(0.0, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    temperature_squared: bool = False
+    """Multiply the KLs by temperature squared, as BitNet Distillation's code does."""
+    gamma: Literal["label", "max", "per-token"] | float = "label"
+    """CAKLD's mix: measured once (label: the paper; max: the authors' code), per token, or a number."""
+    gamma_sequences: int = Field(32, ge=1)
+    """Sequences over which gamma is measured."""
+    kl_scope: Literal["targets", "present"] = "targets"
+    """Tokens that the KLs are averaged over: those with a label, or every one that is not padding (both papers' code)."""
+    reduction: Literal["token-mean", "sequence-sum"] = "token-mean"
+    """sequence-sum: summed over tokens, averaged over sequences (BitDistiller's code)."""
+    relation: RelationConfig | None = None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """False for plain cross-entropy."""
+        return any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld, self.relation))
+
+    @model_validator(mode="after")
+    def _something(self) -> LossConfig:
+        if not (self.ce or self.needs_teacher):
+            raise ConfigError(
+                "loss", "every weight is 0", "Give one of ce, forward_kl, reverse_kl, jsd, cakld a weight"
+            )
+        if not self.cakld and self.gamma != "label":
+            raise ConfigError("loss.gamma", f"{self.gamma} without cakld", "Set loss.cakld, or leave gamma out")
+        if isinstance(self.gamma, float | int) and not 0 <= self.gamma <= 1:
+            raise ConfigError("loss.gamma", f"{self.gamma}", "Give a number from 0 to 1")
+        return self
+
+
+class RefineStage(Strict):
+    """Stage 1: swap the linears, insert SubLN."""
+
+    kind: Literal["refine"] = "refine"
+    subln: Literal["none", "outputs", "all"] = "none"
+    """outputs: in front of o_proj and down_proj (the paper); all: in front of all seven (the authors' code)."""
+    gain: Literal["one", "calibrated"] = "calibrated"
+    calibration_sequences: int = Field(8, ge=1)
+
+
+class ClipStage(Strict):
+    """Asymmetric clipping search (BitDistiller), exact through Gram matrices."""
+
+    kind: Literal["clip"] = "clip"
+    grid: int = Field(20, ge=1)
+    """Steps of the shrink factor on each side."""
+    shrink: float = Field(0.5, gt=0, lt=1)
+    """The largest part of a side that is cut off."""
+    calibration_sequences: int = Field(32, ge=1)
+    exclude: tuple[str, ...] = ()
+    """Linears that are not clipped; the paper's code excludes `*q_proj` and `*k_proj`."""
+
+
+class WriteStage(Strict):
+    """The teacher writes training text from prompts."""
+
+    kind: Literal["write"] = "write"
+    prompts: str = "builtin"
+    """`builtin`, or a text, JSONL or parquet corpus with one prompt a line."""
+    texts: int = Field(256, ge=1)
+    """How many texts are written; prompts repeat with other seeds."""
+    max_new_tokens: int = Field(192, ge=1)
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """The share that is kept from training for `evaluate`."""
+    batch: int = Field(32, ge=1)
+    """Texts that one teacher writes at a time."""
+    max_repetition: float = Field(0.5, gt=0, le=1)
+    """A text of which a larger share is repeated 8-grams is dropped, and counted."""
+    seed: int = 0
+
+
+class TrainStage(Strict):
+    """What `finetune`, `pretrain` and `distill` have in common."""
+
+    tokens: int = Field(1_000_000, ge=1)
+    """Token budget; steps = tokens / (batch_sequences * sequence_length), at least 1."""
+    batch_sequences: int = Field(8, ge=1)
+    """Sequences of one optimiser step, over all workers."""
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps in which the learning rate rises."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0)
+    checkpoint_every: int = Field(200, ge=1)
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = Field(2, ge=1)
+    sources: Sources | Literal["auto", "written", "corpus"] = "auto"
+    """auto: what the `write` stage wrote and `data.sources`, whichever there are."""
+    prompt_is_target: bool = False
+    """Also train on the prompts of prompt/response pairs."""
+    seed: int = 0
+
+
+class FinetuneStage(TrainStage):
+    """The teacher learns a task in full precision (cross-entropy)."""
+
+    kind: Literal["finetune"] = "finetune"
+
+
+class PretrainStage(TrainStage):
+    """Continued pre-training of the quantised student on the stream."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    loss: LossConfig = LossConfig(ce=1.0)
+
+
+class DistillStage(TrainStage):
+    """Distillation from the teacher pool."""
+
+    kind: Literal["distill"] = "distill"
+    loss: LossConfig = LossConfig(cakld=1.0)
+
+
+class ExportStage(Strict):
+    """Quantise for good and write the packed folder."""
+
+    kind: Literal["export"] = "export"
+    baselines: bool = False
+    """Also pack the round-to-nearest and the clipped-only student, for comparison."""
+
+
+class TextConfig(Strict):
+    """A text to measure perplexity, KL and agreement on."""
+
+    name: str
+    path: str
+    text_column: str = "text"
+    join: str = "\n\n"
+    """What stands between two rows."""
+
+
+class TaskConfig(Strict):
+    """A classification set, scored by the log-probability of each label's words after the prompt."""
+
+    name: str
+    path: str
+    template: str
+    """Prompt with `{column}` fields."""
+    labels: tuple[str, ...]
+    """The words of label 0, 1, …"""
+    label_column: str = "label"
+    limit: int | None = Field(None, ge=1)
+
+
+class EvaluateStage(Strict):
+    """Teacher, baselines and student side by side."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    excerpt: bool = True
+    """The public-domain excerpt that ships."""
+    written: bool = True
+    """The held-out part of what the teacher wrote, where there is one."""
+    texts: tuple[TextConfig, ...] = ()
+    tasks: tuple[TaskConfig, ...] = ()
+    context: int = Field(512, ge=8)
+    """Tokens of one evaluation window."""
+    max_tokens: int | None = Field(None, ge=8)
+    """Of each text, at most so many."""
+    baselines: bool = False
+    """Also measure round-to-nearest, and the clipped-only student where there is one."""
+
+
+StageConfig = Annotated[
+    RefineStage | ClipStage | WriteStage | FinetuneStage | PretrainStage | DistillStage | ExportStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
