@@ -20,6 +20,7 @@ from bitdistill_serve.engine import Status
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.service import Service
 
+DEPLOYMENT = "decoder"
 BEYOND_ENGINE = 32  # requests that a replica takes beyond the engine's limit: refusals, /health, /v1/models
 CONSTRUCTOR_TRIES = 2  # a model that cannot be read will not be read at the twentieth time either
 DRAIN_S = 30.0  # how long a replica that is to stop may finish its streams
@@ -60,7 +61,7 @@ def build(args: Mapping[str, Any]) -> Application:
     options = ServeOptions.parse(args)
     deployment = serve.deployment(
         serve.ingress(replica_api)(Replica),
-        name="decoder",
+        name=DEPLOYMENT,
         max_ongoing_requests=options.slots + options.queue + BEYOND_ENGINE,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         graceful_shutdown_timeout_s=DRAIN_S,

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.generation import PREFILL_TOKENS
 from bitdistill_ray.decode.sampling import History, Sampling, sample
 from bitdistill_ray.errors import BitdistillError, ServeError
 from bitdistill_serve.detokenize import Detokenizer, StopMatcher, Tokenizer
@@ -95,7 +94,7 @@ class Batch(Generic[K]):
         tokenizer: Tokenizer,
         *,
         stop_ids: frozenset[int],
-        prefill_tokens: int = PREFILL_TOKENS,
+        prefill_tokens: int,
     ) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._stop_ids, self._prefill_tokens = stop_ids, prefill_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import secrets
 import signal
 import socket
@@ -56,14 +57,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_port(host: str, port: int) -> None:
     """Refuse a port that cannot be listened on; Serve would try for minutes and then not say why."""
+    if not 0 < port < 2**16:
+        raise ServeError("--port", str(port), "Give a number from 1 to 65535")
     try:
-        if port == 0:
-            raise OverflowError("0 stands for any port")
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ServeError(f"--host {host} --port {port}", str(error), "Give a free port of this machine") from None
+
+
+def _cause(traceback: str) -> str:
+    """The last error in a traceback that came as text, without its type where it is one of this project's."""
+    errors = re.findall(r"^([\w.]+(?:Error|Exception|Interrupt|Exit)): (.+)$", traceback, flags=re.MULTILINE)
+    if not errors:
+        return traceback.strip()
+    kind, message = errors[-1]
+    return message if kind.startswith("bitdistill_ray.") else f"{kind}: {message}"
 
 
 @contextmanager
@@ -76,7 +86,7 @@ def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
     import ray
     from ray import serve
 
-    from bitdistill_serve.app import build
+    from bitdistill_serve.app import DEPLOYMENT, build
 
     ray.init(
         address="local",
@@ -85,7 +95,8 @@ def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C; ray.init has set one that skips the end
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ray.init has set one that would skip the end
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` ignores
     try:
         serve.start(
             proxy_location="HeadOnly",
@@ -94,8 +105,13 @@ def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
         )
         try:
             serve.run(build(options.model_dump() | {"name": name}), name=APPLICATION, route_prefix="/")
-        except RuntimeError as error:  # Serve's only error for a replica that could not be made
-            raise ServeError(options.model, str(error), "See the log above") from None
+        except RuntimeError as error:  # all that Serve says here is which deployment failed
+            deployment = serve.status().applications[APPLICATION].deployments.get(DEPLOYMENT)
+            raise ServeError(
+                f"serving {name}",
+                _cause(deployment.message if deployment else str(error)),
+                "Mend that, and serve again",
+            ) from None
         yield
     finally:
         serve.shutdown()

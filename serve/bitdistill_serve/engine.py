@@ -21,7 +21,6 @@ from enum import Enum
 from functools import partial
 
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.generation import PREFILL_TOKENS
 from bitdistill_ray.errors import ServeError
 from bitdistill_serve.batch import Batch, End, Generation, Piece
 from bitdistill_serve.detokenize import Tokenizer
@@ -117,8 +116,8 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         stop_ids: frozenset[int],
-        queue: int = 64,
-        prefill_tokens: int = PREFILL_TOKENS,
+        queue: int,
+        prefill_tokens: int,
     ) -> None:
         self._batch: Batch[tuple[Stream, int]] = Batch(
             decoder, tokenizer, stop_ids=stop_ids, prefill_tokens=prefill_tokens

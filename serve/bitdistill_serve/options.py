@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from bitdistill_ray.config import Strict
 from bitdistill_ray.errors import ServeError
 
 
-class ServeOptions(Strict):
+class ServeOptions(BaseModel):
     """One model behind one deployment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     model: str = Field(min_length=1)
     """A packed folder, or any model source: a Hugging Face id, a folder, `s3://…`, a `.gguf` file."""

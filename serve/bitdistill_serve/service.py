@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.loading import load_for_decoding
+from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_serve.engine import Engine
 from bitdistill_serve.options import ServeOptions
@@ -65,10 +65,3 @@ class Service:
         """Stop the engine; what is unfinished fails."""
         await self.engine.stop()
         self.prompts.close()
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that end a text: the generation config's and the tokenizer's end tokens."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return tuple(sorted({i for i in (*ids, tokenizer.eos_token_id) if i is not None}))
