@@ -21,7 +21,7 @@ from torch import Tensor
 from bitdistill_ray.decode.base import CapacityError, Decoder
 from bitdistill_ray.decode.sampling import History, Sampling, sample
 
-PREFILL_TOKENS = 256  # of one pass; more does not go faster on a CPU, and running sequences wait for it
+CPU_PREFILL, GPU_PREFILL = 256, 8192  # prompt tokens of one pass: more does not go faster, and others wait for it
 
 OnToken = Callable[[int, int], None]
 """Called with (index of the prompt, token) for every generated token, in order; not with the token that stops."""
@@ -112,8 +112,9 @@ def _requests(
 
 def _prefill(decoder: Decoder, running: dict[int, _Running]) -> tuple[list[int], Tensor]:
     """One chunk of every waiting prompt: the slots that are now ready, and the logits after their prompts."""
+    tokens = CPU_PREFILL if decoder.device.type == "cpu" else GPU_PREFILL
     waiting = [slot for slot in running if decoder.pending(slot)]
-    logits = decoder.prefill(waiting, max(1, PREFILL_TOKENS // len(waiting))) if waiting else []
+    logits = decoder.prefill(waiting, max(1, tokens // len(waiting))) if waiting else []
     ready = [(slot, logits_V) for slot, logits_V in zip(waiting, logits, strict=True) if logits_V is not None]
     return [slot for slot, _ in ready], torch.stack([row for _, row in ready]) if ready else torch.empty(0)
 
