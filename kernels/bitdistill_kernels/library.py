@@ -10,6 +10,7 @@ import ctypes
 import functools
 import sys
 from pathlib import Path
+from typing import TypedDict
 
 from bitdistill_ray.errors import KernelError
 
@@ -86,8 +87,16 @@ def check(status: int, where: str, what: str, remedy: str) -> None:
         raise KernelError(where, f"{text} ({what})", remedy)
 
 
-def instruction_sets() -> dict[str, object]:
-    """`{"available": names, best first, "chosen": name, "built": names}` for this machine and this build."""
+class InstructionSets(TypedDict):
+    """Names, best first."""
+
+    available: list[str]
+    chosen: str
+    built: list[str]
+
+
+def instruction_sets() -> InstructionSets:
+    """What this machine can run, what is in use, and what this build holds."""
     lib = library()
     names = [lib.bdk_instruction_set_name(i).decode() for i in range(lib.bdk_instruction_set_count())]
     available = [name for i, name in enumerate(names) if lib.bdk_instruction_set_available(i)]

@@ -6,6 +6,7 @@ the bits of the result, across instruction sets and thread counts.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import QuantizedTensor, dequantize, fake_quantize_activation, initial_alpha, quantize
 from bitdistill_ray.quant import quantize_activation as quantize_activation_torch
 
-SETS: list[str] = instruction_sets()["available"]
+SETS = instruction_sets()["available"]
 FP32_ERROR = 4e-6  # a few hundred fp32 additions
 INT8_ERROR = 5e-7  # one multiply-add per group: the sums themselves are exact
 NF3_LEVEL_ERROR = 2.1e-4  # int8 activations meet NF3's levels as integers over 191 and 243
@@ -100,10 +101,10 @@ def test_int8_activations_are_close_and_the_same_bits_everywhere(
     assert relative_error(results[0], fake_quantize_activation(x_MK, 8), q, bias_N) < bound
 
 
-LEVELS = {  # integers that the int8 path sums, and what one of them is worth
+LEVELS: dict[Format, tuple[np.ndarray, float]] = {  # integers that the int8 path sums, and what one is worth
     Format.TERNARY: (np.array([-1, 0, 1]), 1.0),
     Format.SEQ2: (np.array([-3, -1, 1, 3]), 0.25),
-    Format.SEQ_TERNARY: (np.array([-1, 0, 1]), np.float32(2 / 3)),
+    Format.SEQ_TERNARY: (np.array([-1, 0, 1]), 2 / 3),
     Format.LSQ3: (np.arange(-4, 4), 1.0),
 }
 
@@ -218,7 +219,7 @@ def test_numpy_gives_numpy_and_leading_dimensions_stay() -> None:
     q = quantized(QuantSpec(format=Format.NF3, group_size=16), 11, 40, 2)
     packed = pack(q)
     x = torch.randn(2, 3, 40)
-    arguments = {"format": "nf3", "group_size": 16}
+    arguments: dict[str, Any] = {"format": "nf3", "group_size": 16}
     from_numpy = matmul(x.numpy(), packed.codes.numpy(), packed.scales.numpy(), **arguments)
     from_torch = matmul(x, packed.codes, packed.scales, **arguments)
     assert isinstance(from_numpy, np.ndarray)

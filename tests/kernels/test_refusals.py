@@ -114,7 +114,8 @@ def large() -> tuple[Weight, np.ndarray]:
 
 
 def test_several_callers_at_once(large: tuple[Weight, np.ndarray]) -> None:
-    expected, results = _product(*large), []
+    expected = _product(*large)
+    results: list[np.ndarray] = []
     callers = [threading.Thread(target=lambda: results.extend(_product(*large) for _ in range(20))) for _ in range(4)]
     for caller in callers:
         caller.start()
