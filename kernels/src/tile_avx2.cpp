@@ -2,11 +2,10 @@
 //
 // int8: vpmaddubsw multiplies unsigned codes by signed activations and adds pairs in int16, which saturates, so sums
 // widen to int32 every 16 columns, while they are certain to fit: at most 4 * 2*3*128 = 3,072 for 2-bit codes and
-// 4 * 2*7*128 = 7,168 for 3-bit ones.  NF3's byte levels (up to 243) would overflow a single pair; each is looked up as two halves of at most
-// 122 (2*122*128 = 31,232).
-// fp32: vpermps on the low three bits of each lane decodes 8 weights; no masking is needed.
-// One token keeps all four vectors in flight; more tokens go through the tile one vector at a time, so that the codes
-// and the sums of up to eight tokens stay in registers.
+// 4 * 2*7*128 = 7,168 for 3-bit ones.  NF3's byte levels (up to 243) would overflow a single pair; each is looked up as
+// two halves of at most 122 (2*122*128 = 31,232). fp32: vpermps on the low three bits of each lane decodes 8 weights;
+// no masking is needed. One token keeps all four vectors in flight; more tokens go through the tile one vector at a
+// time, so that the codes and the sums of up to eight tokens stay in registers.
 #include <immintrin.h>
 
 #include "instruction_sets.h"
