@@ -12,6 +12,7 @@ Credentials and the region of S3 are read by its own client libraries.
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -33,3 +34,11 @@ def ray_address() -> str | None:
 def cpu_count() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def private_ray_token() -> None:
+    """Give the Ray that this process is about to start a token of its own, which only its children know.
+
+    Call it before the first `import ray`, which reads both variables.
+    """
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -25,12 +25,12 @@ from bitdistill_ray.runs import RunFolder
 
 def run(config: Config) -> dict[str, Any]:
     """Run every stage that is not finished yet; return the summary."""
-    from bitdistill_ray.stages import STAGES, StageContext
-
     preflight(config)
     folder = RunFolder(config)
     folder.begin()
     with cluster(config):
+        from bitdistill_ray.stages import STAGES, StageContext
+
         for name, stage in config.stages.items():
             if folder.finished(name):
                 print(f"[{name}] finished before, skipped", flush=True)
@@ -47,9 +47,11 @@ def run(config: Config) -> dict[str, Any]:
 @contextmanager
 def cluster(config: Config) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, or start a Ray here that ends with the run."""
-    import ray
-
     from bitdistill_ray import env
+
+    if not env.ray_address() and "ray" not in sys.modules:
+        env.private_ray_token()
+    import ray
 
     if ray.is_initialized():
         yield
