@@ -6,12 +6,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import bitdistill_kernels
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from bitdistill_ray import env
 from bitdistill_ray.decode.base import Decoder
 from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_ray.packed.linear import PackedLinear
 from bitdistill_serve.engine import Engine
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.prompts import Prompts
@@ -44,10 +47,15 @@ class Service:
 
     @classmethod
     def load(cls, options: ServeOptions) -> Service:
-        """Read the model; takes as long as that takes.  Raises ModelError or PackedError."""
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        """Read the model, and give this process's torch and kernels their threads.
+
+        Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
+        """
+        threads = options.threads or env.cpu_count()
+        torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
         model, tokenizer = load_for_decoding(options.model, device=options.device)
+        if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
+            bitdistill_kernels.set_threads(threads)
         return cls.over(
             TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens),
             tokenizer,

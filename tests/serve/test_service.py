@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
+import bitdistill_kernels
 import pytest
+import torch
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.protocol import CompletionRequest
 from bitdistill_serve.service import Service
@@ -18,6 +21,22 @@ from tests.serve.references import greedy, prompt_ids
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 TERNARY = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """`Service.load` sets the threads of its process, which is a replica; here it is the tests'."""
+    before = torch.get_num_threads(), bitdistill_kernels.threads()
+    yield
+    torch.set_num_threads(before[0])
+    bitdistill_kernels.set_threads(before[1])
+
+
+def packed_student(folder: Path) -> Path:
+    model = tiny_model("qwen3")
+    quantize_linears(model, TERNARY)
+    export_packed(model, tiny_tokenizer(), folder, provenance={})
+    return folder
 
 
 def served_text(folder: Path, prompt: str, max_tokens: int) -> str:
@@ -35,12 +54,10 @@ def served_text(folder: Path, prompt: str, max_tokens: int) -> str:
 
 
 def test_a_packed_student_is_served(tmp_path: Path) -> None:
-    model = tiny_model("qwen3")
-    quantize_linears(model, TERNARY)
-    export_packed(model, tiny_tokenizer(), tmp_path / "packed", provenance={})
-    packed, _ = load_packed_model(tmp_path / "packed")
+    folder = packed_student(tmp_path / "packed")
+    packed, _ = load_packed_model(folder)
     wanted = tiny_tokenizer().decode(greedy(packed, prompt_ids("The quick"), 12), skip_special_tokens=True)
-    assert served_text(tmp_path / "packed", "The quick", 12) == wanted
+    assert served_text(folder, "The quick", 12) == wanted
 
 
 def test_a_full_precision_folder_is_served(tmp_path: Path) -> None:
@@ -52,3 +69,9 @@ def test_a_full_precision_folder_is_served(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
         Service.load(ServeOptions(model=str(tmp_path)))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_torch_and_the_kernels_get_the_threads_that_were_asked_for(threads: int, tmp_path: Path) -> None:
+    Service.load(ServeOptions(model=str(packed_student(tmp_path / "packed")), threads=threads))
+    assert (torch.get_num_threads(), bitdistill_kernels.threads()) == (threads, threads)
