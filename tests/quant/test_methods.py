@@ -6,13 +6,10 @@ import torch
 from bitdistill_ray.core import Format, Granularity, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.quant import dequantize, fake_quantize, initial_alpha, quantize
 from tests.quant import reference
+from tests.quant.cases import PAIRS
 from tests.quant.reference import Reference
 
 N, K, SIZE = 6, 40, 16  # groups of 16, 16 and 8
-
-STATISTIC = (Format.TERNARY, Format.INT2, Format.INT3, Format.NF3)
-LEARNABLE = (Format.SEQ2, Format.SEQ_TERNARY, Format.LSQ3)
-GRANULARITIES = (Granularity.TENSOR, Granularity.ROW, Granularity.GROUP)
 
 
 def expected(format: Format, w: list[float], g: list[float], rounding: Rounding, alpha: float) -> Reference:
@@ -47,13 +44,10 @@ def cells(granularity: Granularity) -> list[tuple[slice, slice]]:
 
 
 @pytest.mark.parametrize("rounding", list(Rounding))
-@pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("format", STATISTIC + LEARNABLE)
+@pytest.mark.parametrize(("format", "granularity"), [pair for pair in PAIRS if pair[1] is not Granularity.BLOCK])
 def test_values_codes_and_gradients_are_those_of_the_method(
     format: Format, granularity: Granularity, rounding: Rounding
 ) -> None:
-    if format is Format.NF3 and granularity is not Granularity.GROUP:
-        pytest.skip("nf3 has group scales only")
     torch.manual_seed(0)
     spec = spec_of(format, granularity, rounding)
     w = torch.randn(N, K, dtype=torch.float64, requires_grad=True)
