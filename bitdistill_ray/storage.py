@@ -285,15 +285,6 @@ class Storage:
             return fs.PyFileSystem(fs.FSSpecHandler(self._fs())), self._key("")
 
 
-def read_text(url: str | os.PathLike[str]) -> str:
-    """The UTF-8 text of one file, local or at any URL."""
-    folder, _, name = os.fspath(url).rpartition("/")
-    try:
-        return Storage(folder or ("/" if os.fspath(url).startswith("/") else ".")).read_bytes(name).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise StorageError(os.fspath(url), f"is not UTF-8 text ({error})", "Save it as UTF-8") from None
-
-
 def temporary_sibling(target: Path) -> Path:
     """A hidden, unused name beside `target`, from which a rename into place is atomic."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")

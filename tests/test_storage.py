@@ -16,7 +16,7 @@ import pytest
 from pyarrow import fs
 
 from bitdistill_ray.errors import StorageError
-from bitdistill_ray.storage import MANIFEST, Storage, read_text, storage_errors
+from bitdistill_ray.storage import MANIFEST, Storage, storage_errors
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -59,14 +59,6 @@ def test_one_file_is_downloaded_whole(storage: Storage, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"x/gone\.bin: does not exist"):
         storage.download_file("x/gone.bin", tmp_path / "cache" / "gone.bin")
     assert os.listdir(tmp_path / "cache") == ["w.bin"]
-
-
-def test_text_is_read_from_any_place(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("naïve: 1", encoding="utf-8")
-    (tmp_path / "l.yaml").write_text("naïve: 1", encoding="latin-1")
-    assert read_text(str(tmp_path / "r.yaml")) == "naïve: 1"
-    with pytest.raises(StorageError, match=r"l\.yaml: is not UTF-8"):
-        read_text(str(tmp_path / "l.yaml"))
 
 
 def test_a_child_is_a_folder_of_its_parent_and_both_survive_pickling(storage: Storage) -> None:

@@ -12,15 +12,12 @@ from typing import cast
 from torch import Tensor, nn
 
 from bitdistill_ray.core import TokenBatch
-from bitdistill_ray.model.heads import FrozenHead, LMHead
-
-__all__ = ["FrozenHead", "LMHead", "hidden_states"]
 
 
 def hidden_states(model: nn.Module, batch: TokenBatch) -> Tensor:
     """hidden_BTD after the final norm; every document as if it were alone, padding one more document.
 
-    `model` is a causal LM of a supported family; the head is not run, see `LMHead`.
+    `model` is a causal LM of a supported family; the head is not run, see `heads.LMHead`.
     """
     base = cast(nn.Module, model.base_model)
     return cast(

@@ -15,12 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.families import family_of
-from bitdistill_ray.model.identity import ModelIdentity, identity, refuse_change, refuse_mismatch
 from bitdistill_ray.model.sources import OpenStorage, resolve
 from bitdistill_ray.model.taps import SDPA
 from bitdistill_ray.storage import Storage
-
-__all__ = ["ModelIdentity", "check_tokenizer", "identity", "load_model", "refuse_change", "refuse_mismatch"]
 
 
 def load_model(

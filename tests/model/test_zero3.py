@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
 from bitdistill_ray.model.taps import attention_taps
-from tests.tiny_models import CASES, SIZES, packed_batch, tiny_model
+from tests.tiny_models import packed_batch, tiny_model
 
 RANKS = 2
 TERNARY = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None)
@@ -46,9 +47,9 @@ def operate(model: nn.Module) -> None:
 def rank_main(rank: int, port: int, case: str, folder: str) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
-    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # zero.Init reads it
     deepspeed.init_distributed(
         "gloo", auto_mpi_discovery=False, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
     )
@@ -58,14 +59,8 @@ def rank_main(rank: int, port: int, case: str, folder: str) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    config_class, fields = CASES[case]
-    with deepspeed.zero.Init(config_dict_or_path=config):
-        model = AutoModelForCausalLM.from_config(config_class(**SIZES, **fields), attn_implementation="sdpa")
-    whole = tiny_model(case).state_dict()
-    for name, parameter in model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if rank == 0:
-                parameter.data.copy_(whole[name])
+    model = tiny_model(case)
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
     assert model.model.layers[0].mlp.up_proj.weight.numel() == 0, "not sharded"
     operate(model)
     engine, *_ = deepspeed.initialize(
