@@ -1,7 +1,6 @@
 """What differs between the supported model families, as one table.  A new family is one more row.
 
-The four families of today share the names of their modules; what differs is the logit softcap of Gemma, and that its
-norms multiply by (1 + gain).
+The four families of today share the names of their modules; what differs to us is the logit softcap of Gemma.
 """
 
 from __future__ import annotations
@@ -21,13 +20,11 @@ class Family:
 
     model_type: str
     layers: str = "model.layers"
-    final_norm: str = "model.norm"
     head: str = "lm_head"
     attention: str = "self_attn"  # in a layer
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     outputs: tuple[str, ...] = ("o_proj", "down_proj")  # write into the residual stream: SubLN's two places
     softcap_key: str | None = None  # config key of c in logits = c tanh(logits / c)
-    norm_gain_offset: float = 0.0  # a block norm multiplies by offset + gain
 
 
 FAMILIES = {
@@ -36,7 +33,7 @@ FAMILIES = {
         Family(model_type="llama"),
         Family(model_type="qwen2"),
         Family(model_type="qwen3"),
-        Family(model_type="gemma3_text", softcap_key="final_logit_softcapping", norm_gain_offset=1.0),
+        Family(model_type="gemma3_text", softcap_key="final_logit_softcapping"),
     )
 }
 

@@ -33,13 +33,6 @@ class SubLN(StrEnum):
     ALL = "all"  # every projection: the authors' code, "seven"
 
 
-class Gain(StrEnum):
-    """Where the gains of SubLN start."""
-
-    ONE = "one"
-    CALIBRATED = "calibrated"
-
-
 def quantize_linears(
     model: nn.Module,
     spec: QuantSpec | SpecOf,
