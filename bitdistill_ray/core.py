@@ -149,7 +149,8 @@ class QuantSpec:
         if unknown:
             raise ConfigError("quant", f"unknown key {sorted(unknown)[0]!r}", "Was it written by a newer version?")
         enums = {"format": Format, "granularity": Granularity, "scale_dtype": ScaleDtype, "rounding": Rounding}
-        return cls(**{k: enums[k](v) if k in enums else v for k, v in spec.items()})
+        fields_: dict[str, Any] = {k: enums[k](v) if k in enums else v for k, v in spec.items()}
+        return cls(**fields_)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,9 +1,9 @@
 """python -m bitdistill_ray.demo [key=value …]    the whole road on this machine: distil a real model, serve it, ask it.
 
 What `make demo` runs.  SmolLM2-135M (from a wheel of the package registry) writes its own training text; its 3-bit
-student is clipped, distilled on a local Ray with one teacher actor and one student worker, packed, measured, served over
-HTTP and asked a question.  About 8 minutes on two cores with bf16 instructions, 14 without; run again, it continues
-where it was.  Overrides are those of the `demo` recipe.
+student is clipped, distilled on a local Ray with one teacher actor and one student worker, packed, measured, served
+over HTTP and asked a question.  About 8 minutes on two cores with bf16 instructions, 14 without; run again, it
+continues where it was.  Overrides are those of the `demo` recipe.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
     teacher = read_shape(config.model.teacher, opener)
     student = read_shape(config.model.student, opener) if config.model.student else teacher
     if teacher.vocabulary != student.vocabulary:
-        raise ConfigError("model.student", f"has a vocabulary of {student.vocabulary}, the teacher {teacher.vocabulary}",
+        raise ConfigError("model.student", f"has {student.vocabulary} tokens, the teacher {teacher.vocabulary}",
                           "Choose two models that share a tokenizer")  # fmt: skip
     size = config.quant.group_size
     if size is not None and config.quant.granularity is Granularity.GROUP:
@@ -39,8 +39,9 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
     for key, stage in config.stages.items():
         relation = stage.loss.relation if hasattr(stage, "loss") else None
         if relation and not -teacher.layers <= relation.layer < teacher.layers:
-            raise ConfigError(f"stages.{key}.loss.relation.layer", f"{relation.layer} of a teacher with {teacher.layers} "
-                              "layers", f"Give a layer from 0 to {teacher.layers - 1}, or a negative one")  # fmt: skip
+            raise ConfigError(f"stages.{key}.loss.relation.layer", f"{relation.layer} of a teacher with "
+                              f"{teacher.layers} layers",
+                              f"Give a layer from {-teacher.layers} to {teacher.layers - 1}")  # fmt: skip
     return teacher, student
 
 

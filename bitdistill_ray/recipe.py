@@ -123,12 +123,12 @@ def _as_typed(loc: tuple[int | str, ...]) -> list[str]:
 
 def _known_keys(parents: list[str], error: ValidationError) -> list[str]:
     """Field names of the section that `parents` leads to."""
-    section: Any = Config
+    section: type[BaseModel] = Config
     kind = next((str(e["loc"][2]) for e in error.errors() if e["loc"][0] == "stages" and len(e["loc"]) > 2), "")
     for depth, key in enumerate(parents):
-        if depth and parents[0] == "stages" and depth == 1:
+        if parents[0] == "stages" and depth == 1:
             section = next(s for s in _sections(Config.model_fields["stages"].annotation) if _kind(s) == kind)
-        elif key != "stages" and isinstance(section, type) and key in section.model_fields:
+        elif key != "stages" and key in section.model_fields:
             nested = _sections(section.model_fields[key].annotation)
             section = nested[0] if nested else section
     return sorted(section.model_fields)

@@ -6,8 +6,8 @@
     checkpoints/        Ray Train's, of the stage that is under way
     summary.json        tables of the `evaluate` stage and where everything lies
 
-A finished stage is not repeated.  `done.json` carries the part of the configuration that the stage depends on: when that
-changed, the run is refused with the name of the key, since its folder would otherwise mix two experiments.
+A finished stage is not repeated.  `done.json` carries the part of the configuration that the stage depends on: when
+that changed, the run is refused with the name of the key, since its folder would otherwise mix two experiments.
 """
 
 from __future__ import annotations

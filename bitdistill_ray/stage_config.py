@@ -64,7 +64,7 @@ class LossConfig(Strict):
     gamma_sequences: int = Field(32, ge=1)
     """Sequences over which gamma is measured."""
     kl_scope: Literal["targets", "present"] = "targets"
-    """Tokens that the KLs are averaged over: those with a label, or every one that is not padding (both papers' code)."""
+    """Tokens that the KLs are averaged over: those with a label, or all that are not padding (both papers' code)."""
     reduction: Literal["token-mean", "sequence-sum"] = "token-mean"
     """sequence-sum: summed over tokens, averaged over sequences (BitDistiller's code)."""
     relation: RelationConfig | None = None

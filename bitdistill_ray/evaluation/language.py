@@ -71,12 +71,13 @@ def measure(
 
 
 def _batches(ids_WT: Tensor) -> Iterator[TokenBatch]:
-    for first, ids_BT in enumerate(ids_WT.split(WINDOWS_AT_A_TIME)):
+    for first in range(0, len(ids_WT), WINDOWS_AT_A_TIME):
+        ids_BT = ids_WT[first : first + WINDOWS_AT_A_TIME]
         yield TokenBatch(
             ids_BT=ids_BT,
             target_BT=torch.ones_like(ids_BT, dtype=torch.bool),
             segment_BT=torch.zeros_like(ids_BT, dtype=torch.int32),
-            sequence_ids=tuple(f"window#{first}#{i}" for i in range(len(ids_BT))),
+            sequence_ids=tuple(f"window#0#{first + i}" for i in range(len(ids_BT))),
         )
 
 
@@ -89,4 +90,5 @@ def _hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
 def _log_probabilities(model: nn.Module, hidden_TD: Tensor) -> Tensor:
     """fp32 log-probabilities [T, V] on the CPU."""
     head = LMHead(model)
-    return torch.cat([head(h).float().log_softmax(-1).cpu() for h in hidden_TD.split(CHUNK)])
+    chunks = (hidden_TD[first : first + CHUNK] for first in range(0, len(hidden_TD), CHUNK))
+    return torch.cat([head(h).float().log_softmax(-1).cpu() for h in chunks])

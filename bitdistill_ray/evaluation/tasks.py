@@ -70,7 +70,6 @@ def _scores(model: nn.Module, prompts: list[list[int]], label: list[int]) -> Ten
     # the states that predict the label's tokens: from the prompt's last token on
     at_RS = torch.tensor([[len(p) - 1 + j for j in range(len(label))] for p in prompts], device=hidden_BTD.device)
     picked_RSD = hidden_BTD.gather(1, at_RS.unsqueeze(-1).expand(-1, -1, hidden_BTD.shape[-1]))
-    log_RSV = LMHead(model)(picked_RSD).float().log_softmax(-1)
-    return (
-        log_RSV.gather(-1, torch.tensor(label, device=log_RSV.device).expand_as(at_RS).unsqueeze(-1)).sum((1, 2)).cpu()
-    )
+    log_RSV: Tensor = LMHead(model)(picked_RSD).float().log_softmax(-1)
+    label_RS = torch.tensor(label, device=log_RSV.device).expand_as(at_RS)
+    return log_RSV.gather(-1, label_RS.unsqueeze(-1)).sum((1, 2)).cpu()

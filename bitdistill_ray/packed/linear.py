@@ -80,7 +80,7 @@ class PackedLinear(nn.Module):
             self._kernel_weight = kernel_weight(self.packed)
         bias = None if self.bias is None else self.bias.detach().float()
         bits = self.packed.spec.activation_bits
-        output = self._kernel_weight.matmul(input.detach().float(), bias=bias, activation_bits=bits)
+        output: Tensor = self._kernel_weight.matmul(input.detach().float(), bias=bias, activation_bits=bits)
         return output.to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

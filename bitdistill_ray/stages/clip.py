@@ -77,7 +77,9 @@ def gather_statistics(model: Any, batches: list[TokenBatch]) -> dict[str, ClipSt
                 for name, linear in linears:
                     if linear.spec is not None:
                         hook = linear.register_forward_pre_hook(
-                            lambda _, inputs, name=name, linear=linear: count(name, linear, inputs[0], real_BT)
+                            lambda _, inputs, name=name, linear=linear, real_BT=real_BT: count(
+                                name, linear, inputs[0], real_BT
+                            )
                         )
                         hooks.callback(hook.remove)
                 hidden_states(model, on_device)

@@ -1,7 +1,7 @@
 """`refine`: the teacher's architecture becomes the student's (BitNet Distillation, stage 1).
 
-Linears are swapped in place for quantised ones and, if asked for, a SubLN goes in front of them.  The result, before any
-training, is the round-to-nearest student: the baseline of everything after it.
+Linears are swapped in place for quantised ones and, if asked for, a SubLN goes in front of them.  The result, before
+any training, is the round-to-nearest student: the baseline of everything after it.
 """
 
 from __future__ import annotations

@@ -40,10 +40,10 @@ def train(context: StageContext) -> StageRecord:
     options, config = context.stage, context.config
     assert isinstance(options, TrainStage)
     finetunes = isinstance(options, FinetuneStage)
-    loss: LossConfig = LossConfig(ce=1.0) if finetunes else options.loss  # type: ignore[attr-defined]
+    loss = LossConfig(ce=1.0) if isinstance(options, FinetuneStage) else options.loss
     role = "teacher" if finetunes else "student"
     tokenizer = config.model.teacher if finetunes else str(context.fetch("student"))
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(context.run.storage, context.name)  # type: ignore[attr-defined]
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(context.run.storage, context.name)
     feeder = start_feeder(corpus_of(context, tokenizer), sequences_per_step=options.batch_sequences)
     pool = TeacherPool.start(context.teacher_source, config.teacher, config.storage) if loss.needs_teacher else None
     try:

@@ -40,7 +40,7 @@ def save(engine: Any, position: Position, metrics: dict[str, Any], scratch: str 
             if not _is_full(error, folder):
                 raise
             raise StorageError(folder, f"no space left for the checkpoint of step {position.step}",
-                               "Free some space; the same command continues from the checkpoint before") from error  # fmt: skip
+                               "Free some; the same command continues from the one before") from error  # fmt: skip
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

@@ -41,7 +41,7 @@ def start_engine(
 
 
 def learning_rate(step: int, steps: int, stage: TrainStage) -> float:
-    """The factor on the learning rate of optimiser step `step` (from 0) of `steps`: a linear rise, then the schedule."""
+    """The factor on the learning rate in step `step` (from 0) of `steps`: a linear rise, then the schedule."""
     rise = max(1, round(stage.warmup * steps))
     if step < rise:
         return (step + 1) / rise

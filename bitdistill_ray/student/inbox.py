@@ -1,8 +1,8 @@
 """What a student reads: its share of every step's batch, and what the teachers said about it, always a little ahead.
 
 Batches of whole steps are asked for early, since they are small.  Questions go to the teachers in order, at most
-`in_flight` unanswered at a time, each with a reference to its batch, so the student waits neither for the feeder nor for
-a teacher until it needs their answer.
+`in_flight` unanswered at a time, each with a reference to its batch, so the student waits neither for the feeder nor
+for a teacher until it needs their answer.
 """
 
 from __future__ import annotations

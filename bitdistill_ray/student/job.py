@@ -14,7 +14,7 @@ from bitdistill_ray.stage_config import LossConfig, TrainStage
 class TrainJob:
     """One training stage of one run.
 
-    source         the weights to start from: an artefact of the run (a student or model folder), or None: `model_source`
+    source         the weights to start from: an artefact of the run (a student folder), or None: `model_source`
     model_source   a model to train as it is, without quantisation (the `finetune` stage)
     output         where the trained weights are published, relative to the run
     teachers       handles of the pool; empty where the loss needs none

@@ -1,8 +1,8 @@
 """The student and its loss as one module: what DeepSpeed wraps.
 
-Everything that touches parameters happens inside `forward`, so that ZeRO's hooks see it: the base model, and the LM head
-once for each chunk of tokens.  The teacher's frozen head is *not* a submodule: it is no parameter of the student's, and
-ZeRO must neither shard nor cast it.
+Everything that touches parameters happens inside `forward`, so that ZeRO's hooks see it: the base model, and the LM
+head once for each chunk of tokens.  The teacher's frozen head is *not* a submodule: it is no parameter of the
+student's, and ZeRO must neither shard nor cast it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from bitdistill_ray.losses.objective import (
     Term,
     TermKind,
 )
-from bitdistill_ray.stage_config import LossConfig
+from bitdistill_ray.stage_config import LossConfig, RelationConfig
 
 
 def objective_of(loss: LossConfig) -> Objective:
@@ -33,15 +33,19 @@ def objective_of(loss: LossConfig) -> Objective:
                     gamma_mode=_gamma_mode(loss) if kind is TermKind.CAKLD else None,
                 )
             )
-    relation = loss.relation and RelationTerm(
-        weight=loss.relation.weight,
-        form=RelationForm(loss.relation.form),
-        temperature=loss.relation.temperature,
-        relation_heads=loss.relation.heads,
-        causal=loss.relation.causal,
-        divide_by_heads=loss.relation.divide_by_heads,
-    )
+    relation = _relation_term(loss.relation) if loss.relation else None
     return Objective(terms=tuple(terms), relation=relation, reduction=Reduction(loss.reduction))
+
+
+def _relation_term(relation: RelationConfig) -> RelationTerm:
+    return RelationTerm(
+        weight=relation.weight,
+        form=RelationForm(relation.form),
+        temperature=relation.temperature,
+        relation_heads=relation.heads,
+        causal=relation.causal,
+        divide_by_heads=relation.divide_by_heads,
+    )
 
 
 def _gamma_mode(loss: LossConfig) -> GammaMode:

@@ -1,1 +1,1 @@
-"""The teacher service: frozen FP16 models as Ray actors, the pool that places them, the client that students pull with."""
+"""The teacher service: frozen models as Ray actors, the pool that places them, the client that students pull with."""

@@ -1,7 +1,7 @@
 """The teacher pool: places the actors, shakes hands with them, and hands their handles to the students.
 
-The driver owns the actors, so they go when it goes.  Ray restarts one that dies (`max_restarts=-1`); the request that it
-was answering is repeated by the student that asked (`client.py`), on whichever teacher is least busy.
+The driver owns the actors, so they go when it goes.  Ray restarts one that dies (`max_restarts=-1`); the request that
+it was answering is repeated by the student that asked (`client.py`), on whichever teacher is least busy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TeacherPool:
         Raises:
             TeacherError: an actor could not be placed or load in `timeout_s`, or two loaded different weights.
         """
-        remote = ray.remote(Teacher).options(  # type: ignore[attr-defined]
+        remote = ray.remote(Teacher).options(
             num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=0
         )
         handles = tuple(
@@ -49,8 +49,8 @@ class TeacherPool:
         except GetTimeoutError:
             cls._kill(handles)
             raise TeacherError("teacher", f"{config.actors} x ({config.cpus} CPUs, {config.gpus} GPUs) did not start "
-                               f"in {config.timeout_s:.0f} s", "Lower teacher.actors, cpus or gpus to what `ray status` "
-                               "shows, or raise teacher.timeout_s") from None  # fmt: skip
+                               f"in {config.timeout_s:.0f} s", "Lower teacher.actors, cpus or gpus to what `ray status`"
+                               " shows, or raise teacher.timeout_s") from None  # fmt: skip
         except RayError as error:
             cls._kill(handles)
             raise user_error(error) or error from None

@@ -9,7 +9,7 @@ from bitdistill_ray.core import Payload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalRequest:
-    """`payload` for every position; `attention_layer`: also raw Q, K, V of that layer (negative counts from the end)."""
+    """`payload` for every position; `attention_layer`: also raw Q, K, V of that layer (negative: from the end)."""
 
     payload: Payload = Payload.HIDDEN
     topk: int = 64

@@ -1,8 +1,8 @@
-"""TeacherSignals (and the batches they are about) as flat dicts of numpy arrays: what travels through Ray's object store.
+"""TeacherSignals (and the batches they are about) as flat dicts of numpy arrays: what Ray's object store carries.
 
 numpy because the object store maps arrays into the reader without a copy (1.6-2.2 GiB/s from actor to actor; torch
-tensors reach 0.4).  numpy has no bfloat16, so such a tensor travels as its int16 bits under a key that says so.  Nothing
-is cast on the way: a float16 teacher's states arrive as float16.
+tensors reach 0.4).  numpy has no bfloat16, so such a tensor travels as its int16 bits under a key that says so.
+Nothing is cast on the way: a float16 teacher's states arrive as float16.
 """
 
 from __future__ import annotations
