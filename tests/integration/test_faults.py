@@ -1,0 +1,206 @@
+"""What goes wrong in a run gets one clear line, and the last good checkpoint stays.
+
+Each fault is the real one: a bucket that is not there, a disk that is full, a worker that is killed, an interrupt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from bitdistill_ray.errors import ConfigError, DataError, ModelError, StorageError, TeacherError
+from bitdistill_ray.storage import Storage
+from bitdistill_ray.train import main, run
+from tests.road import tiny_config, tiny_overrides
+from tests.tiny_models import save_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+TRAIN_ONLY = ("stages.write=false", "stages.clip=false", "stages.export=false", "stages.evaluate=false")
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    file = tmp_path / "corpus.jsonl"
+    file.write_text("\n".join(f'{{"text": "the cat number {i} sat on the mat"}}' for i in range(100)))
+    return file
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(tmp_path: Path, corpus: Path) -> None:
+    """Killed in the middle, the stage restarts from its checkpoint and ends with the losses of a run left alone."""
+    overrides = (f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32", "teacher.dtype=fp32")
+    run(tiny_config(tmp_path, *overrides, run=str(tmp_path / "alone")))
+    victim = tmp_path / "killed"
+    killer = subprocess.Popen([sys.executable, "-c", KILL_A_STUDENT, str(victim / "metrics.jsonl"), str(os.getpid())])
+    try:
+        run(tiny_config(tmp_path, *overrides, "stages.distill.tokens=1024", run=str(victim)))
+    finally:
+        killed = killer.wait(60)
+    assert killed == 0, "no student was killed"
+    alone, resumed = rows_of(tmp_path / "alone"), rows_of(victim)
+    assert [row["step"] for row in resumed] == [row["step"] for row in alone] == list(range(8))
+    for a, b in zip(alone, resumed, strict=True):
+        assert {k: a[k] for k in ("loss", "learning_rate", "grad_norm", "tokens")} == {
+            k: b[k] for k in ("loss", "learning_rate", "grad_norm", "tokens")
+        }
+
+
+# Kills the Ray Train worker that works for this test once five steps are in the metrics.
+KILL_A_STUDENT = """
+import os, signal, subprocess, sys, time
+metrics, driver = sys.argv[1], int(sys.argv[2])
+def descends(pid):
+    while pid > 1:
+        if pid == driver: return True
+        pid = int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+    return False
+deadline = time.time() + 240
+while time.time() < deadline:
+    time.sleep(0.05)
+    if os.path.exists(metrics) and sum(1 for _ in open(metrics)) >= 3:
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            try:
+                name = open(f"/proc/{pid}/cmdline").read()
+                if name.startswith("ray::RayTrainWorker") and descends(pid):
+                    os.kill(pid, signal.SIGKILL); sys.exit(0)
+            except OSError: continue
+sys.exit(1)
+"""
+
+
+def test_a_bucket_that_does_not_exist(tmp_path: Path, s3_endpoint: str) -> None:
+    config = tiny_config(tmp_path, "data=s3://no-such-bucket-here/corpus", f"storage.endpoint_url={s3_endpoint}",
+                         *TRAIN_ONLY)  # fmt: skip
+    with pytest.raises(StorageError, match="no such bucket"):
+        run(config)
+
+
+def test_a_run_in_a_bucket_that_does_not_exist(tmp_path: Path, corpus: Path, s3_endpoint: str) -> None:
+    config = tiny_config(tmp_path, f"data={corpus}", f"storage.endpoint_url={s3_endpoint}", *TRAIN_ONLY,
+                         run="s3://no-such-bucket-here/run")  # fmt: skip
+    with pytest.raises(StorageError, match="no such bucket"):
+        run(config)
+
+
+def test_a_corpus_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"the cat " * 10 + b"\xff\xfe" + b" sat" * 10)
+    with pytest.raises(DataError, match="not UTF-8 at byte 80"):
+        run(tiny_config(tmp_path, f"data={tmp_path}/bad.txt", *TRAIN_ONLY))
+
+
+def test_teacher_and_student_of_different_vocabularies(tmp_path: Path, corpus: Path) -> None:
+    other = save_tiny(tmp_path / "other", "llama")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 64}))
+    with pytest.raises(ConfigError, match="has a vocabulary of"):
+        run(tiny_config(tmp_path, f"data={corpus}", f"model.student={other}", *TRAIN_ONLY))
+
+
+def test_a_student_with_another_tokenizer(tmp_path: Path, corpus: Path) -> None:
+    other = save_tiny(tmp_path / "other", "llama")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"!":', '"¡":', 1))
+    with pytest.raises((TeacherError, ModelError), match="tokenizer"):
+        run(tiny_config(tmp_path, f"data={corpus}", f"model.student={other}", *TRAIN_ONLY))
+
+
+def test_a_teacher_that_does_not_exist_names_what_is_missing(tmp_path: Path, corpus: Path) -> None:
+    with pytest.raises(ModelError, match="no such file or folder"):
+        run(tiny_config(tmp_path, f"data={corpus}", "model.teacher=./nowhere", *TRAIN_ONLY))
+
+
+def test_a_typo_is_one_line_with_the_nearest_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", *tiny_overrides(tmp_path, "stages.distill.learnin_rate=1")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Did you mean 'stages.distill.learning_rate'?" in error
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 24 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"may not mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    with ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "-l", str(folder)], check=True)
+        yield folder
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path, small_disk: Path) -> None:
+    """The disk fills up while a checkpoint is written; with room again, the same command continues from the one before."""
+    overrides = (f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.max_failures=0",
+                 "stages.distill.keep_checkpoints=1")  # fmt: skip
+    config = tiny_config(tmp_path, *overrides, run=str(small_disk / "run"))
+    ballast = small_disk / "ballast"
+    filler = subprocess.Popen([sys.executable, "-c", FILL_AFTER_A_CHECKPOINT, str(small_disk)])
+    with pytest.raises(StorageError, match="no space left"):
+        run(config)
+    assert filler.wait(30) == 0
+    ballast.unlink()
+    run(config)
+    assert [row["step"] for row in rows_of(small_disk / "run")] == list(range(8))
+
+
+# Fills the disk to the last byte when the first checkpoint is complete.
+FILL_AFTER_A_CHECKPOINT = """
+import glob, os, sys, time
+disk = sys.argv[1]
+deadline = time.time() + 240
+while time.time() < deadline:
+    if glob.glob(f"{disk}/run/checkpoints/distill/checkpoint_*/state/*optim*"):
+        with open(f"{disk}/ballast", "wb", buffering=0) as file:
+            try:
+                while True: file.write(b"x" * 4096)
+            except OSError: sys.exit(0)
+    time.sleep(0.01)
+sys.exit(1)
+"""
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(tmp_path: Path, corpus: Path) -> None:
+    """A real SIGINT to a real command in its training stage; then the command again, to the end."""
+    overrides = tiny_overrides(tmp_path, f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=6400")
+    command = [sys.executable, "-m", "bitdistill_ray.train", "demo", *overrides]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
+    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "interrupted; the same command continues the run" in output
+    assert not re.search(r"Traceback", output.split("interrupted")[-1])
+    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    assert again.returncode == 0, again.stderr
+    assert "[refine] finished before, skipped" in again.stdout
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(50))
+
+
+def test_storage_is_left_alone_by_a_stage_that_fails(tmp_path: Path, corpus: Path) -> None:
+    """A failing stage publishes nothing: the run holds what the stages before it made."""
+    config = tiny_config(tmp_path, f"data={corpus}", *TRAIN_ONLY, "stages.distill.learning_rate=1e30",
+                         "student.dtype=fp32", "student.max_failures=0")  # fmt: skip
+    with pytest.raises(ModelError, match="the loss of step"):
+        run(config)
+    storage = Storage(tmp_path / "run")
+    assert storage.is_complete("stages/refine/student")
+    assert not storage.exists("stages/distill/student")
+    assert not storage.exists("stages/distill/done.json")

@@ -1,0 +1,142 @@
+"""The whole road at a tiny size: local and in object storage, interrupted and continued, packed and the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitdistill_ray import recipe
+from bitdistill_ray.decode.generation import generate
+from bitdistill_ray.decode.sampling import Sampling
+from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.model.linear import QuantLinear
+from bitdistill_ray.model.student import load_student, saved_dtype
+from bitdistill_ray.packed.folder import PackedFolder
+from bitdistill_ray.packed.model import load_packed_model
+from bitdistill_ray.packed.weight import unpack
+from bitdistill_ray.quant import quantize
+from bitdistill_ray.storage import Storage
+from bitdistill_ray.train import run
+from tests.road import tiny_config
+from tests.tiny_models import save_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """A run of every stage of the demo."""
+    root = tmp_path_factory.mktemp("road")
+    run(tiny_config(root))
+    return root
+
+
+def test_every_stage_leaves_what_it_promises(finished: Path) -> None:
+    folder = finished / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["stages"]) == {"write", "refine", "clip", "distill", "export", "evaluate"}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["teacher_bytes"] > 0 for row in rows)
+    models = {m["name"]: m for m in json.loads((folder / "evaluation.json").read_text())["models"]}
+    assert set(models) == {"teacher", "round-to-nearest", "clipped only", "trained"}
+    assert models["trained"]["metrics"]["kl:written"]["value"] > 0
+    provenance = PackedFolder.open(folder / "stages/export/packed").provenance
+    assert provenance["recipe"]["quant"]["format"] == "nf3"
+
+
+def test_packed_student_is_the_trained_student(finished: Path) -> None:
+    """Codes equal bit for bit, logits within the kernels' rounding, the same greedy text over 200 tokens."""
+    source, packed_path = finished / "run/stages/distill/student", finished / "run/stages/export/packed"
+    trained, tokenizer = load_student(source, dtype=saved_dtype(source))
+    folder = PackedFolder.open(packed_path)
+    linears = {n: m for n, m in trained.named_modules() if isinstance(m, QuantLinear) and m.spec is not None}
+    assert set(linears) == set(folder.manifest.packed)
+    for name, linear in linears.items():
+        live, stored = quantize(linear.weight, linear.spec, alpha=linear.alpha), unpack(folder.weight(name))
+        assert torch.equal(live.codes_NK, stored.codes_NK)
+        assert torch.equal(live.scale, stored.scale)
+    fake = trained.float()  # the same codes: bf16 values are fp32 values
+    packed, _ = load_packed_model(packed_path)
+    ids = torch.tensor([tokenizer("the cat sat on the mat and looked at the rain")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, fake(ids).logits, rtol=1e-4, atol=1e-4)
+    prompt = ids[0].tolist()
+    greedy = Sampling(temperature=0, max_tokens=200)
+    texts = [generate(TorchDecoder(m, slots=1, slot_tokens=256), [prompt], greedy, stop_ids=()) for m in (fake, packed)]
+    assert len(texts[0][0].ids) == 200
+    assert texts[0][0].ids == texts[1][0].ids
+
+
+def test_a_finished_run_is_not_repeated(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {f: f.stat().st_mtime_ns for f in (finished / "run/stages").rglob("done.json")}
+    run(tiny_config(finished))
+    assert capsys.readouterr().out.count("finished before, skipped") == 6
+    assert before == {f: f.stat().st_mtime_ns for f in (finished / "run/stages").rglob("done.json")}
+
+
+def test_a_changed_recipe_is_refused_by_key(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages\.write\.temperature: was changed since stage 'write'"):
+        run(tiny_config(finished, "stages.write.temperature=0.9"))
+
+
+def test_data_and_run_in_object_storage(tmp_path: Path, s3_bucket: str, s3_endpoint: str) -> None:
+    """The corpus streams from a real S3 protocol endpoint and the run is kept there; no local path is shared."""
+    bucket = Storage(s3_bucket, endpoint_url=s3_endpoint)
+    lines = [json.dumps({"text": f"the cat number {i} sat on the mat and looked at the rain"}) for i in range(200)]
+    bucket.write_bytes("corpus/part-0.jsonl", "\n".join(lines).encode())
+    config = tiny_config(
+        tmp_path,
+        f"data={s3_bucket}/corpus",
+        f"storage.endpoint_url={s3_endpoint}",
+        "stages.write=false",
+        "stages.distill.tokens=256",
+        "stages.distill.checkpoint_every=1",
+        "quant.format=int2",
+        run=f"{s3_bucket}/runs/one",
+    )
+    run(config)
+    names = bucket.list("runs/one")
+    assert "runs/one/summary.json" in names
+    assert "runs/one/stages/export/packed/model.safetensors" in names
+    bucket.download_folder("runs/one/stages/export/packed", tmp_path / "packed", complete=True)
+    model, _ = load_packed_model(tmp_path / "packed")
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+@pytest.mark.parametrize("case", ["qwen3", "gemma3"])
+def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str) -> None:
+    """BitNet Distillation's three stages on other families: SubLN, continued training, LD and AD."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the cat sat on the mat and looked at the rain\n" * 80)
+    train = {"tokens": 256, "batch_sequences": 4}
+    relation = {"weight": 60, "heads": 4}
+    task_loss = {"ce": 1, "forward_kl": 10, "temperature": 5, "temperature_squared": True, "relation": relation}
+    config = recipe.check(
+        {
+            "run": str(tmp_path / "run"),
+            "model": {"teacher": str(save_tiny(tmp_path / "teacher", case))},
+            "quant": {"format": "ternary", "granularity": "tensor", "group_size": None, "activation_bits": 8},
+            "data": {"sources": str(corpus), "sequence_length": 32},
+            "student": {"micro_batch": 2, "threads": 1, "zero": 2},
+            "teacher": {"threads": 1},
+            "stages": {
+                "finetune": train,
+                "refine": {"subln": "all"},
+                "pretrain": {**train, "loss": {"forward_kl": 1}},
+                "distill": {**train, "loss": task_loss},
+                "export": {},
+                "evaluate": {"context": 32, "max_tokens": 128},
+            },
+        }
+    )
+    run(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["stage"] == "distill"][-1]
+    assert {"ce", "forward_kl@5", "relation"} <= set(last)
+    assert PackedFolder.open(tmp_path / "run/stages/export/packed").manifest.subln
