@@ -9,71 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any
+from dataclasses import asdict
 
-from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.packed.folder import PackedFolder
-from bitdistill_ray.packed.manifest import FORMAT_VERSION, expected_parts
-
-EMBEDDINGS = ("embed_tokens", "lm_head")  # modules that are counted apart: they dwarf a small student
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedSummary:
-    """The figures of one packed student."""
-
-    path: str
-    model_type: str
-    format_version: int
-    specs: dict[str, int]  # one line for each different QuantSpec -> how many matrices have it
-    packed_weights: int
-    bits_per_weight: float
-    parameters: int
-    bytes: int
-    bytes_without_embeddings: int
-    subln: int
-    provenance: dict[str, Any]
-
-
-def summarise(folder: PackedFolder) -> PackedSummary:
-    """The figures of an opened folder; reads no tensor."""
-    entries = folder.manifest.packed
-    weights = {name: prod(entry.shape) for name, entry in entries.items()}
-    bits = sum(entry.spec.bits_per_weight(*entry.shape) * weights[name] for name, entry in entries.items())
-    plain = {name: prod(folder.manifest.tensors[name].shape) for name in folder.plain_names}
-    sizes = {name: tensor_bytes(folder, name) for name in folder.manifest.tensors}
-    embeddings = sum(size for name, size in sizes.items() if not set(EMBEDDINGS).isdisjoint(name.split(".")))
-    return PackedSummary(
-        path=str(folder.path),
-        model_type=str(folder.config.get("model_type")),
-        format_version=FORMAT_VERSION,
-        specs=dict(Counter(describe(entry.spec) for entry in entries.values())),
-        packed_weights=sum(weights.values()),
-        bits_per_weight=bits / max(1, sum(weights.values())),
-        parameters=sum(weights.values()) + sum(plain.values()),
-        bytes=sum(sizes.values()),
-        bytes_without_embeddings=sum(sizes.values()) - embeddings,
-        subln=len(folder.manifest.subln),
-        provenance=folder.provenance,
-    )
-
-
-def tensor_bytes(folder: PackedFolder, name: str) -> int:
-    """Stored bytes of one tensor."""
-    stored = folder.manifest.tensors[name]
-    return prod(stored.shape) * stored.dtype.itemsize
-
-
-def describe(spec: QuantSpec) -> str:
-    """`int2, group of 128, fp16 scales`."""
-    shared = f"{spec.granularity} of {spec.group_size}" if spec.group_size else f"per {spec.granularity}"
-    activations = f", int{spec.activation_bits} activations" if spec.activation_bits else ""
-    return f"{spec.format}, {shared}, {spec.scale_dtype} scales{activations}"
+from bitdistill_ray.packed.manifest import expected_parts
+from bitdistill_ray.packed.summary import describe, summarise, tensor_bytes
 
 
 def render(folder: PackedFolder, *, tensors: bool) -> str:

@@ -18,10 +18,10 @@ from bitdistill_ray.evaluation import language, tasks
 from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.evaluation.table import print_table
 from bitdistill_ray.hardware import compute_dtype, local_device
-from bitdistill_ray.inspect import summarise
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.model import load_packed_model
+from bitdistill_ray.packed.summary import summarise
 from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.stage_config import EvaluateStage, SourceConfig, TaskConfig
 from bitdistill_ray.stages.base import StageContext, stage

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 
 from bitdistill_ray.core import Format, QuantSpec
-from bitdistill_ray.inspect import main, summarise
+from bitdistill_ray.inspect import main
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
 from bitdistill_ray.packed.folder import TENSORS, PackedFolder
 from bitdistill_ray.packed.model import export_packed
+from bitdistill_ray.packed.summary import summarise
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 SPEC = QuantSpec(format=Format.INT2, group_size=24, activation_bits=8)
