@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import Sources, StageConfig, Strict, TrainStage
+from bitdistill_ray.stage_config import ClipStage, RefineStage, Sources, StageConfig, Strict, TrainStage
 
 
 class Dtype(StrEnum):
@@ -80,7 +80,9 @@ class DataConfig(Strict):
     """The corpus and how it is cut into sequences."""
 
     sources: Sources = ()
-    """Paths, or sections with a path and its columns."""
+    """The stream: paths, or sections with a path and its columns."""
+    task: Sources = ()
+    """What a task is learned from (stages with `sources: task`), usually prompt/response pairs."""
     sequence_length: int = Field(512, ge=8)
     shuffle_window: int = Field(1024, ge=1)
     """Sequences that are shuffled together."""
@@ -126,6 +128,10 @@ class StudentConfig(Strict):
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint before the stage gives up."""
 
+    def passes(self, batch_sequences: int) -> int:
+        """Micro-batches of one worker in an optimiser step of `batch_sequences` over all workers."""
+        return -(-batch_sequences // (self.workers * self.micro_batch))
+
 
 class Config(Strict):
     """One run, from a teacher to a packed and measured student."""
@@ -161,22 +167,38 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        names = list(self.stages)
         kinds = [stage.kind for stage in self.stages.values()]
-        trains = [(n, s) for n, s in self.stages.items() if isinstance(s, TrainStage)]
-        for name, stage in trains:
-            per_pass = self.student.workers * self.student.micro_batch
-            if stage.batch_sequences % self.student.workers:
-                raise ConfigError(f"stages.{name}.batch_sequences", f"{stage.batch_sequences} over "
-                                  f"{self.student.workers} workers leaves a remainder",
-                                  f"Give a multiple of {per_pass}, such as {per_pass}")  # fmt: skip
-            has_text = self.data.sources or "write" in kinds[: names.index(name)] or isinstance(stage.sources, tuple)
-            if not has_text:
-                raise ConfigError(f"stages.{name}", "there is nothing to train on",
-                                  "Set data.sources=PATH, or put a `write` stage before it")  # fmt: skip
-        if "refine" in kinds and kinds.index("refine") > min(
-            (i for i, k in enumerate(kinds) if k in ("clip", "pretrain", "distill", "export")), default=len(kinds)
-        ):
-            raise ConfigError("stages", "refine comes after a stage that needs the refined student",
-                              "Put `refine` before clip, pretrain, distill and export")  # fmt: skip
+        refined = kinds.index("refine") if "refine" in kinds else len(kinds)
+        for place, (name, stage) in enumerate(self.stages.items()):
+            if place < refined and stage.kind in ("clip", "pretrain", "distill", "export"):
+                raise ConfigError(f"stages.{name}", "needs a student, and no refine stage before it makes one",
+                                  "Put `refine` before it")  # fmt: skip
+            self._check_text(name, stage, written="write" in kinds[:place])
+            if isinstance(stage, TrainStage):
+                self._check_batch(name, stage.batch_sequences)
         return self
+
+    def _check_batch(self, name: str, sequences: int) -> None:
+        workers, passes = self.student.workers, self.student.passes(sequences)
+        if sequences % (workers * passes):
+            raise ConfigError(f"stages.{name}.batch_sequences", f"{sequences} do not divide among {workers} workers "
+                              f"with {passes} micro-batches each",
+                              f"Give a multiple of {workers * self.student.micro_batch}")  # fmt: skip
+
+    def _check_text(self, name: str, stage: StageConfig, *, written: bool) -> None:
+        calibrates = isinstance(stage, RefineStage) and stage.subln != "none" and stage.gain == "calibrated"
+        if not (isinstance(stage, TrainStage | ClipStage) or calibrates):
+            return
+        match stage.sources if isinstance(stage, TrainStage) else "auto":
+            case "task":
+                readable, remedy = bool(self.data.task), "Set data.task=PATH"
+            case "corpus":
+                readable, remedy = bool(self.data.sources), "Set data=PATH"
+            case "written":
+                readable, remedy = written, "Put a `write` stage before it"
+            case "auto":
+                readable, remedy = written or bool(self.data.sources), "Set data=PATH, or put a `write` stage before it"
+            case paths:
+                readable, remedy = bool(paths), "Give it a path"
+        if not readable:
+            raise ConfigError(f"stages.{name}", "there is no text for it", remedy)

@@ -5,13 +5,15 @@ All figures are arithmetic over the configuration and the models' shapes; nothin
 
 from __future__ import annotations
 
+import math
+
 from bitdistill_ray.config import Config
 from bitdistill_ray.core import Granularity, Payload
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.recipe import dump
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.shape import ModelShape, read_shape
-from bitdistill_ray.stage_config import TrainStage
+from bitdistill_ray.stage_config import DistillStage, PretrainStage, TrainStage
 
 GIB = 2**30
 H100_BF16 = 800e12  # dense bf16 FLOP/s that a large product reaches
@@ -36,13 +38,30 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
         if size > inputs:
             raise ConfigError("quant.group_size", f"{size} is more than the {inputs} inputs of {name}",
                               f"Set quant.group_size to at most {inputs}")  # fmt: skip
+    if config.teacher.payload is Payload.TOPK and config.teacher.topk > teacher.vocabulary:
+        raise ConfigError("teacher.topk", f"{config.teacher.topk} of a vocabulary of {teacher.vocabulary}",
+                          f"Set teacher.topk to at most {teacher.vocabulary}")  # fmt: skip
     for key, stage in config.stages.items():
-        relation = stage.loss.relation if hasattr(stage, "loss") else None
+        relation = stage.loss.relation if isinstance(stage, PretrainStage | DistillStage) else None
+        if relation:
+            _check_relation_heads(f"stages.{key}.loss.relation.heads", relation.heads, teacher, student)
         if relation and not -teacher.layers <= relation.layer < teacher.layers:
             raise ConfigError(f"stages.{key}.loss.relation.layer", f"{relation.layer} of a teacher with "
                               f"{teacher.layers} layers",
                               f"Give a layer from {-teacher.layers} to {teacher.layers - 1}")  # fmt: skip
     return teacher, student
+
+
+def _check_relation_heads(where: str, heads: int | None, teacher: ModelShape, student: ModelShape) -> None:
+    if heads is None:
+        if (teacher.heads, teacher.kv_heads) != (student.heads, student.kv_heads):
+            raise ConfigError(where, "empty, and the models have different heads", "Give a number of relation heads")
+        return
+    for shape in (teacher, student):
+        for width in (shape.heads * shape.head_size, shape.kv_heads * shape.head_size):
+            if width % heads:
+                raise ConfigError(where, f"{heads} does not divide the width {width} of Q, K or V",
+                                  f"Give a divisor of it, such as {math.gcd(heads, width)}")  # fmt: skip
 
 
 def describe(config: Config) -> str:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from bitdistill_ray.config import Config
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.stage_config import StageConfig
 
 DEFAULT = "demo"
 
@@ -93,6 +94,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(".".join(parents[: depth + 1]), f"{child!r} has no keys of its own", "Set it as a whole")
         node[key] = child
         node = child
+    if path == "data" and isinstance(value, str | list):
+        value = {"sources": value}  # the shorthand changes the sources, not how they are cut
     if isinstance(node.get(leaf), dict) and isinstance(value, dict):
         node[leaf] = {**node[leaf], **value}
     else:
@@ -100,7 +103,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _one_line(error: ValidationError) -> ConfigError:
-    first = error.errors()[0]
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])  # explains a missing key beside it
     path = _as_typed(first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     where = ".".join(path)
@@ -109,6 +113,11 @@ def _one_line(error: ValidationError) -> ConfigError:
         near = difflib.get_close_matches(path[-1], known, 1, cutoff=0.5)
         remedy = f"Did you mean {'.'.join([*path[:-1], near[0]])!r}?" if near else f"Known: {', '.join(known)}"
         return ConfigError(where, f"unknown key (value {first['input']!r}){more}", remedy)
+    if first["type"] == "union_tag_invalid":
+        kind, kinds = str(first["ctx"]["tag"]), [_kind(s) for s in _sections(StageConfig)]
+        near = difflib.get_close_matches(kind, kinds, 1)
+        remedy = f"Did you mean {near[0]!r}?" if near else f"Set its kind to one of {', '.join(kinds)}"
+        return ConfigError(where, f"there is no stage of kind {kind!r}{more}", remedy)
     what = f"{first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
     return ConfigError(where or "recipe", what, "Set a value that fits")
 

@@ -158,6 +158,8 @@ def provenance(config: Config, **more: Any) -> dict[str, Any]:
 def _first_difference(old: Any, new: Any, path: str = "") -> str | None:
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new)):
+            if key not in old and not new[key]:
+                continue  # a key that an older version did not have, and that is not set
             found = _first_difference(old.get(key), new.get(key), f"{path}.{key}" if path else key)
             if found:
                 return found

@@ -25,7 +25,7 @@ class SourceConfig(Strict):
 
 
 def _sources(value: Any) -> Any:
-    if isinstance(value, str):
+    if isinstance(value, str | dict):
         value = [value]
     return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
 
@@ -80,6 +80,12 @@ class LossConfig(Strict):
             raise ConfigError(
                 "loss", "every weight is 0", "Give one of ce, forward_kl, reverse_kl, jsd, cakld a weight"
             )
+        if not any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld)):
+            for key, unset in (("temperature", 1.0), ("temperature_squared", False), ("kl_scope", "targets")):
+                if getattr(self, key) != unset:
+                    raise ConfigError(f"loss.{key}", f"{getattr(self, key)} without a KL", f"Leave {key} out")
+        if self.temperature_squared and self.temperature == 1:
+            raise ConfigError("loss.temperature_squared", "no effect at temperature 1", "Leave it out")
         if not self.cakld and self.gamma != "label":
             raise ConfigError("loss.gamma", f"{self.gamma} without cakld", "Set loss.cakld, or leave gamma out")
         if isinstance(self.gamma, float | int) and not 0 <= self.gamma <= 1:
@@ -147,8 +153,9 @@ class TrainStage(Strict):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)
-    sources: Sources | Literal["auto", "written", "corpus"] = "auto"
-    """auto: what the `write` stage wrote and `data.sources`, whichever there are."""
+    sources: Literal["auto", "written", "corpus", "task"] | Sources = "auto"
+    """written: by the `write` stage; corpus: `data.sources`; task: `data.task`; auto: written and corpus, whichever
+    there are.  Or paths of its own."""
     prompt_is_target: bool = False
     """Also train on the prompts of prompt/response pairs."""
     seed: int = 0

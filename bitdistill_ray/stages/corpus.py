@@ -22,13 +22,21 @@ def corpus_of(context: StageContext, tokenizer: str) -> CorpusSpec:
     stage, data = context.stage, context.config.data
     wanted = stage.sources if isinstance(stage, TrainStage) else "auto"
     text = context.earlier("text") if wanted in ("auto", "written") else None
-    configured = wanted if isinstance(wanted, tuple) else data.sources if wanted in ("auto", "corpus") else ()
+    match wanted:
+        case "auto" | "corpus":
+            configured = data.sources
+        case "task":
+            configured = data.task
+        case "written":
+            configured = ()
+        case _:
+            configured = wanted
     sources = [source_of(context, source) for source in configured]
     if text is not None:
         sources.append(source_of(context, SourceConfig(path=context.run.storage.url_of(text)), name=WRITTEN))
     if not sources:
         raise ConfigError(f"stages.{context.name}.sources", f"{wanted!r} finds no text",
-                          "Set data.sources=PATH, or put a `write` stage before it")  # fmt: skip
+                          "Set data=PATH, or put a `write` stage before it")  # fmt: skip
     return CorpusSpec(
         sources=tuple(sources),
         tokenizer=tokenizer,

@@ -55,16 +55,11 @@ def learning_rate(step: int, steps: int, stage: TrainStage) -> float:
             return max(0.0, 1 - progress)
 
 
-def accumulation(stage: TrainStage, student: StudentConfig) -> int:
-    """Micro-batches of one worker in one optimiser step."""
-    return math.ceil(stage.batch_sequences / (student.workers * student.micro_batch))
-
-
 def zero_config(stage: TrainStage, student: StudentConfig, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's configuration."""
     return {
         "train_micro_batch_size_per_gpu": student.micro_batch,
-        "gradient_accumulation_steps": accumulation(stage, student),
+        "gradient_accumulation_steps": student.passes(stage.batch_sequences),
         "gradient_clipping": stage.clip_norm,
         "zero_optimization": {"stage": student.zero},
         "zero_allow_untested_optimizer": True,

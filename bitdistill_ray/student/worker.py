@@ -27,7 +27,7 @@ from bitdistill_ray.model.student import load_student, save_student
 from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student import checkpoint
 from bitdistill_ray.student.checkpoint import Position
-from bitdistill_ray.student.engine import accumulation, start_engine
+from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.inbox import Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.module import LossModule
@@ -60,7 +60,7 @@ class Worker:
         torch.set_num_threads(student.threads or env.cpu_count())
         self.device = local_device() if student.gpus else torch.device("cpu")
         self.dtype, why = compute_dtype(student.dtype, self.device)
-        self.micros = accumulation(job.stage, student)
+        self.micros = student.passes(job.stage.batch_sequences)
         self.model, self.tokenizer = self._load()
         if student.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
