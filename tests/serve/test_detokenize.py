@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from bitdistill_serve.detokenize import REPLACEMENT, Detokenizer, StopMatcher
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -93,6 +93,7 @@ def test_the_prompt_decides_on_the_leading_space(context: list[str]) -> None:
     stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4),
     cuts=st.lists(st.integers(0, 30), max_size=10),
 )
+@example(text="abc", stops=["abc", "b"], cuts=[])
 def test_stop_strings_do_not_depend_on_where_tokens_end(text: str, stops: list[str], cuts: list[int]) -> None:
     matcher = StopMatcher(stops)
     edges = sorted({0, len(text), *(c for c in cuts if c < len(text))})

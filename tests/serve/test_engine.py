@@ -106,6 +106,18 @@ def test_a_long_prompt_is_read_between_the_steps_of_a_running_sequence() -> None
     assert rounds == -(-len(long.prompt) // 4)
 
 
+def test_a_round_reads_no_more_than_its_share_of_all_prompts_together() -> None:
+    tiny = decoder(slots=3)
+    batch: Batch[int] = Batch(tiny, tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=16)
+    for key, text in enumerate((PROMPTS[2], PROMPTS[2], "A")):
+        batch.add(key, ask(text))
+    unread = sum(len(prompt_ids(text)) for text in (PROMPTS[2], PROMPTS[2], "A"))
+    while unread:
+        batch.advance()
+        before, unread = unread, sum(tiny.pending(slot) for slot in range(3))
+        assert 0 < before - unread <= 16
+
+
 def test_short_prompts_are_read_together() -> None:
     batch: Batch[int] = Batch(decoder(slots=4), tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=64)
     for key in range(4):
