@@ -116,6 +116,9 @@ class QuantSpec:
                               "Set quant.granularity=group and quant.group_size=128")  # fmt: skip
         if self.granularity is Granularity.BLOCK and self.format is not Format.TERNARY:
             raise ConfigError("quant.granularity", f"block with {self.format}", "Use block with ternary only")
+        if self.format is Format.NF3 and self.rounding is not Rounding.HALF_EVEN:
+            raise ConfigError("quant.rounding", f"{self.rounding} with nf3, whose levels have cuts and no halves",
+                              "Leave rounding out")  # fmt: skip
         if self.activation_bits not in (None, 8):
             raise ConfigError("quant.activation_bits", f"{self.activation_bits}", "Use 8, or leave it empty for 16")
 

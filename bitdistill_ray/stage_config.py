@@ -84,6 +84,8 @@ class LossConfig(Strict):
             for key, unset in (("temperature", 1.0), ("temperature_squared", False), ("kl_scope", "targets")):
                 if getattr(self, key) != unset:
                     raise ConfigError(f"loss.{key}", f"{getattr(self, key)} without a KL", f"Leave {key} out")
+        if self.gamma == "per-token" and self.kl_scope != "targets":
+            raise ConfigError("loss.kl_scope", f"{self.kl_scope} with gamma per token", "Use targets: it needs labels")
         if self.temperature_squared and self.temperature == 1:
             raise ConfigError("loss.temperature_squared", "no effect at temperature 1", "Leave it out")
         if not self.cakld and self.gamma != "label":

@@ -19,7 +19,7 @@ from bitdistill_ray.hardware import compute_dtype, local_device
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.linear import QuantLinear, plain_linears
 from bitdistill_ray.model.student import load_student, save_student
-from bitdistill_ray.quant import ClipGrid, ClipStatistics, apply_clip, search_clip
+from bitdistill_ray.quant import ClipGrid, ClipStatistics, apply_clip, initial_alpha, search_clip
 from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stage_config import ClipStage
 from bitdistill_ray.stages.base import StageContext, stage
@@ -50,12 +50,14 @@ def _clip(context: StageContext) -> StageRecord:
         ranges = search_clip(linear.weight, statistics.pop(name), linear.spec, grid, name=name)
         with torch.no_grad():
             linear.weight.copy_(apply_clip(linear.weight, ranges, linear.spec))
+            if linear.alpha is not None:
+                linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
         before += float(ranges.error_before_RG.sum())
         after += float(ranges.error_after_RG.sum())
     with context.run.publish(context.path("student")) as folder:
         save_student(folder, model, tokenizer, provenance=provenance(config, stage=context.name))
     path = context.path("student")
-    return context.record({"student": path, "clipped": path}, linears=len(chosen), error_left=round(after / before, 4))
+    return context.record({"student": path, "clipped": path}, linears=len(chosen), error_left=round(after / before, 4) if before else 1.0)
 
 
 def gather_statistics(model: Any, batches: list[TokenBatch]) -> dict[str, ClipStatistics]:

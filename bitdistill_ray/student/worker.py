@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import ray
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from bitdistill_ray import env
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.errors import BitdistillError, ModelError
-from bitdistill_ray.hardware import compute_dtype, local_device
+from bitdistill_ray.hardware import compute_dtype
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.heads import FrozenHead
 from bitdistill_ray.model.load import load_model
@@ -58,7 +59,7 @@ class Worker:
         self.job, self.rank, self.ranks = job, context.get_world_rank(), context.get_world_size()
         student = job.config.student
         torch.set_num_threads(student.threads or env.cpu_count())
-        self.device = local_device() if student.gpus else torch.device("cpu")
+        self.device = ray.train.torch.get_device() if student.gpus else torch.device("cpu")  # sees its neighbours' too
         self.dtype, why = compute_dtype(student.dtype, self.device)
         self.micros = student.passes(job.stage.batch_sequences)
         self.model, self.tokenizer = self._load()

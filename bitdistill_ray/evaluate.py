@@ -1,0 +1,129 @@
+"""python -m bitdistill_ray.evaluate MODEL … --teacher SOURCE [--text NAME=PATH[:COLUMN]] [--task YAML] [--json FILE]
+
+Measures models beside a teacher: perplexity, KL and top-1 agreement on texts, accuracy on tasks, each with the central
+95 % of a bootstrap.  A MODEL is a packed student, the folder of a training stage, or a plain model (Hugging Face id,
+folder, GGUF file, wheel:…), local or at a URL.  Without --text, the excerpt that ships is measured.  A task's YAML has
+the keys of `stages.evaluate.tasks`: name, path, template, labels, label_column, limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import yaml
+from pydantic import ValidationError
+
+from bitdistill_ray.config import Dtype
+from bitdistill_ray.errors import BitdistillError, ConfigError
+from bitdistill_ray.stage_config import TaskConfig, TextConfig
+
+if TYPE_CHECKING:
+    from bitdistill_ray.evaluation.metric import ModelReport
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    command = argparse.ArgumentParser(prog="bitdistill evaluate", description=__doc__.partition("\n\n")[2])
+    command.add_argument("models", nargs="+", metavar="MODEL")
+    command.add_argument("--teacher", required=True, metavar="SOURCE")
+    command.add_argument("--text", action="append", default=[], metavar="NAME=PATH[:COLUMN]", help="may be repeated")
+    command.add_argument("--join", default=TextConfig.model_fields["join"].default, metavar="TEXT",
+                         help="what stands between two rows of a text (default: an empty line; '' for wikitext)")  # fmt: skip
+    command.add_argument("--task", action="append", default=[], metavar="YAML", help="may be repeated")
+    command.add_argument("--context", type=int, default=512, help="tokens of one window of a text (default 512)")
+    command.add_argument("--max-tokens", type=int, help="of each text, at most so many")
+    command.add_argument("--dtype", type=Dtype, default=Dtype.AUTO, choices=list(Dtype), metavar="DTYPE",
+                         help="auto (default), bf16, fp16 or fp32; the folder of a training stage keeps its own")  # fmt: skip
+    command.add_argument("--device", help="cpu, cuda (default: a GPU where there is one)")
+    command.add_argument("--json", metavar="FILE")
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table and write the JSON; returns the exit status, 2 after an error that the user can mend."""
+    options = parser().parse_args(argv)
+    try:
+        reports = evaluate(options)
+        from bitdistill_ray.evaluation.suite import as_json
+        from bitdistill_ray.evaluation.table import print_table
+        from bitdistill_ray.storage import Storage
+
+        print_table(reports)
+        if options.json:
+            folder, _, name = options.json.rpartition("/")
+            Storage(folder or ".").write_bytes(name, json.dumps(as_json(reports), indent=1).encode())
+    except BitdistillError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> list[ModelReport]:
+    """Measure the teacher, then each model.  Raises BitdistillError."""
+    texts = [text_config(text, options.join) for text in options.text]
+    task_configs = [task_config(path) for path in options.task]
+
+    import torch
+
+    from bitdistill_ray.data.sources import Source
+    from bitdistill_ray.data.tables import read_rows, read_texts
+    from bitdistill_ray.evaluation.candidate import load_candidate
+    from bitdistill_ray.evaluation.suite import TEACHER, Suite, excerpt
+    from bitdistill_ray.hardware import compute_dtype, local_device
+
+    device = torch.device(options.device) if options.device else local_device()
+    dtype, why = compute_dtype(options.dtype, device)
+    print(f"on {device} in {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
+    read = {t.name: t.join.join(read_texts(Source(t.path, text_column=t.text_column))) for t in texts}
+    rows = [(task, read_rows(Source(task.path))[: task.limit]) for task in task_configs]
+    teacher = load_candidate(options.teacher, dtype=dtype, device=device)
+    suite = Suite.of(read or {"excerpt": excerpt()}, rows, teacher.tokenizer,
+                     context=options.context, max_tokens=options.max_tokens)  # fmt: skip
+    reports = [suite.report(TEACHER, teacher, teacher)]
+    for source in options.models:
+        print(f"measuring {source}", file=sys.stderr)
+        reports.append(suite.report(source, load_candidate(source, dtype=dtype, device=device), teacher))
+    return reports
+
+
+def text_config(argument: str, join: str) -> TextConfig:
+    """NAME=PATH[:COLUMN]; a colon inside a URL or before a slash is part of the path.
+
+    Raises:
+        ConfigError: it has no name or no path.
+    """
+    name, equals, place = argument.partition("=")
+    path, colon, column = place.rpartition(":")
+    if not colon or not column.isidentifier():
+        path, column = place, TextConfig.model_fields["text_column"].default
+    if not (name and equals and path):
+        raise ConfigError("--text", f"{argument!r}", "Write NAME=PATH or NAME=PATH:COLUMN")
+    return TextConfig(name=name, path=path, text_column=column, join=join)
+
+
+def task_config(path: str) -> TaskConfig:
+    """A task from its YAML file.
+
+    Raises:
+        ConfigError: not YAML, or not the keys of a task.
+        StorageError: it cannot be read.
+    """
+    from bitdistill_ray.storage import Storage
+
+    folder, _, name = path.rpartition("/")
+    try:
+        return TaskConfig.model_validate(yaml.safe_load(Storage(folder or ".").read_bytes(name)))
+    except yaml.YAMLError as error:
+        raise ConfigError(path, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([path, *map(str, first["loc"])])
+        raise ConfigError(where, first["msg"], f"Keys: {', '.join(TaskConfig.model_fields)}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
