@@ -9,7 +9,6 @@ the keys of `stages.evaluate.tasks`: name, path, template, labels, label_column,
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,13 +30,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("models", nargs="+", metavar="MODEL")
     command.add_argument("--teacher", required=True, metavar="SOURCE")
     command.add_argument("--text", action="append", default=[], metavar="NAME=PATH[:COLUMN]", help="may be repeated")
-    command.add_argument("--join", default=TextConfig.model_fields["join"].default, metavar="TEXT",
-                         help="what stands between two rows of a text (default: an empty line; '' for wikitext)")  # fmt: skip
+    between = TextConfig.model_fields["join"].default
+    command.add_argument("--join", default=between, metavar="TEXT", help="between the rows of a text; '' for wikitext")
     command.add_argument("--task", action="append", default=[], metavar="YAML", help="may be repeated")
     command.add_argument("--context", type=int, default=512, help="tokens of one window of a text (default 512)")
     command.add_argument("--max-tokens", type=int, help="of each text, at most so many")
-    command.add_argument("--dtype", type=Dtype, default=Dtype.AUTO, choices=list(Dtype), metavar="DTYPE",
-                         help="auto (default), bf16, fp16 or fp32; the folder of a training stage keeps its own")  # fmt: skip
+    names = ", ".join(Dtype)
+    command.add_argument("--dtype", type=Dtype, default=Dtype.AUTO, choices=list(Dtype), metavar="DTYPE", help=names)
     command.add_argument("--device", help="cpu, cuda (default: a GPU where there is one)")
     command.add_argument("--json", metavar="FILE")
     return command
@@ -50,12 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         reports = evaluate(options)
         from bitdistill_ray.evaluation.suite import as_json
         from bitdistill_ray.evaluation.table import print_table
-        from bitdistill_ray.storage import Storage
+        from bitdistill_ray.storage import write_json
 
         print_table(reports)
         if options.json:
-            folder, _, name = options.json.rpartition("/")
-            Storage(folder or ".").write_bytes(name, json.dumps(as_json(reports), indent=1).encode())
+            write_json(options.json, as_json(reports))
     except BitdistillError as error:
         print(error, file=sys.stderr)
         return 2

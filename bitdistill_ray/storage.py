@@ -299,3 +299,9 @@ def replace_folder(new: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         new.rename(target)
+
+
+def write_json(url: str, content: Any) -> None:
+    """Write `content` as the JSON file `url`: a path or any URL.  Raises StorageError."""
+    folder, slash, name = url.rpartition("/")
+    Storage(folder or slash or ".").write_bytes(name, json.dumps(content, indent=1).encode())

@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "env"}),
     frozenset({"core"}),
     frozenset({"config", "stage_config"}),
-    frozenset({"quant", "losses", "storage", "hardware", "recipe"}),
+    frozenset({"quant", "losses", "storage", "hardware", "machine", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data"}),
     frozenset({"student", "evaluation", "plan"}),
