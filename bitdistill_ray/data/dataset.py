@@ -25,7 +25,7 @@ from bitdistill_ray.data.blocks import Block, UnitTask, read_unit
 from bitdistill_ray.data.encoder import Encoder
 from bitdistill_ray.data.sources import CorpusSpec
 from bitdistill_ray.data.units import Unit
-from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.ray_errors import user_error
 
 TASKS_PER_DATASET = 1024
 TARGET_BLOCK_BYTES = 8 << 20
@@ -95,18 +95,3 @@ def _to_row(task: UnitTask) -> dict[str, Any]:
 def _from_row(row: dict[str, Any]) -> UnitTask:
     task = {name: row.pop(name) for name in ("epoch", "ordinal", "skip")}
     return UnitTask(**task, unit=Unit(**row))
-
-
-def user_error(error: BaseException) -> BitdistillError | None:
-    """The BitdistillError inside what Ray raised, or None if there is none."""
-    seen: list[BaseException] = []
-    pending: list[BaseException | None] = [error]
-    while pending:
-        found = pending.pop()
-        if found is None or any(found is known for known in seen):
-            continue
-        if isinstance(found, BitdistillError) and not isinstance(found, RayError):
-            return found
-        seen.append(found)
-        pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
-    return None

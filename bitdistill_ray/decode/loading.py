@@ -9,7 +9,7 @@ import torch
 
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.sources import resolve
-from bitdistill_ray.model.student import is_student, load_student
+from bitdistill_ray.model.student import is_student, load_student, saved_dtype
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.model import load_packed_model
 
@@ -17,7 +17,7 @@ from bitdistill_ray.packed.model import load_packed_model
 def load_for_decoding(path: str, *, device: torch.device | str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) of `path`; in fp32 on a CPU, where 16-bit arithmetic is slow, else in bf16.
 
-    A latent student (the folder of a training stage) is quantised in bf16, as it was trained, wherever it runs.
+    A latent student (the folder of a training stage) is quantised in the dtype it was trained in, wherever it runs.
     Raises ModelError, PackedError or StorageError.
     """
     place = resolve(path)
@@ -25,7 +25,7 @@ def load_for_decoding(path: str, *, device: torch.device | str = "cpu") -> tuple
     if PackedFolder.is_packed(place):
         return load_packed_model(place, dtype=dtype, device=device)
     if is_student(Path(place)):
-        return load_student(Path(place), dtype=torch.bfloat16, device=device)
+        return load_student(Path(place), dtype=saved_dtype(Path(place)), device=device)
     return load_model(place, dtype=dtype, device=device)
 
 

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from bitdistill_kernels import Weight
 from torch import Tensor, nn
 
+from bitdistill_kernels import Weight
 from bitdistill_ray.core import Granularity, PackedWeight
 from bitdistill_ray.packed.weight import check_packed, to_device, unpack
 from bitdistill_ray.quant import dequantize, fake_quantize_activation

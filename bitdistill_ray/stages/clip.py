@@ -56,8 +56,10 @@ def _clip(context: StageContext) -> StageRecord:
         after += float(ranges.error_after_RG.sum())
     with context.run.publish(context.path("student")) as folder:
         save_student(folder, model, tokenizer, provenance=provenance(config, stage=context.name))
-    path = context.path("student")
-    return context.record({"student": path, "clipped": path}, linears=len(chosen), error_left=round(after / before, 4) if before else 1.0)
+    path, left = context.path("student"), after / before if before else 1.0
+    return context.record(
+        {"student": path, "clipped": path}, linears=len(chosen), error_left=round(left, 4)
+    )
 
 
 def gather_statistics(model: Any, batches: list[TokenBatch]) -> dict[str, ClipStatistics]:

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from bitdistill_ray import env
 from bitdistill_ray.config import StudentConfig
-from bitdistill_ray.data.dataset import user_error
+from bitdistill_ray.ray_errors import user_error
 
 Result = TypeVar("Result")
 

@@ -17,10 +17,10 @@ from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from bitdistill_ray.data.dataset import user_error
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
+from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage

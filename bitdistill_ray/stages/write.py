@@ -20,10 +20,10 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from tqdm import tqdm
 
-from bitdistill_ray.data.dataset import user_error
 from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.errors import DataError
+from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import SourceConfig, WriteStage
 from bitdistill_ray.stages.base import StageContext, stage

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
-from bitdistill_ray.data.dataset import user_error
+from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.teacher.client import TeacherClient, Ticket
 
 STEPS_AHEAD = 2

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from bitdistill_ray.config import Dtype, StorageConfig
 from bitdistill_ray.core import Payload, TeacherSignals, TokenBatch, TopK
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.decode.generation import generate
+from bitdistill_ray.decode.loading import stop_ids
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import BitdistillError
@@ -131,7 +131,7 @@ class Teacher:
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
         longest = max(len(p) + s.max_tokens for p, s in zip(ids, samplings, strict=True))
         decoder = TorchDecoder(self.model, slots=batch, slot_tokens=longest)
-        texts = generate(decoder, ids, samplings, stop_ids=self.stop_ids)
+        texts = generate(decoder, ids, samplings, stop_ids=stop_ids(self.model, self.tokenizer))
         responses = self.tokenizer.batch_decode([list(text.ids) for text in texts])
         return [
             Written(prompt, response, tuple(text.ids), str(text.finish_reason))
@@ -141,13 +141,6 @@ class Teacher:
     def layers(self) -> int:
         """How many decoder layers there are."""
         return int(self.model.config.num_hidden_layers)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text: the generation config's and the tokenizer's end tokens."""
-        configured: Any = self.model.generation_config.eos_token_id
-        ids = configured if isinstance(configured, list) else [configured]
-        return tuple(sorted({i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}))
 
     def _render(self, prompt: str) -> str:
         if not self.tokenizer.chat_template:

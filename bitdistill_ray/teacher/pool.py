@@ -14,9 +14,9 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from bitdistill_ray.config import StorageConfig, TeacherConfig
-from bitdistill_ray.data.dataset import user_error
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.model.identity import ModelIdentity
+from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.teacher.actor import Teacher
 
 

@@ -7,9 +7,7 @@ the end it stops those and nothing else.  On a cluster, `serve run bitdistill_se
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import secrets
 import signal
 import socket
 import sys
@@ -82,7 +80,7 @@ def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
     from bitdistill_ray.model.sources import resolve
 
     name, options = options.served_name, options.model_copy(update={"model": resolve(options.model)})
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))  # read when ray is imported
+    env.private_ray_token()  # before ray is imported, which reads it
     import ray
     from ray import serve
 

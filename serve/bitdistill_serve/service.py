@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import bitdistill_kernels
 import torch
 from transformers import PreTrainedTokenizerBase
 
+import bitdistill_kernels
 from bitdistill_ray import env
 from bitdistill_ray.decode.base import Decoder
 from bitdistill_ray.decode.loading import load_for_decoding, stop_ids

@@ -12,7 +12,7 @@ import ray
 
 from bitdistill_ray.data import dataset
 from bitdistill_ray.data.blocks import Block
-from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray, user_error
+from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray
 from bitdistill_ray.data.encoder import Encoder
 from bitdistill_ray.data.feeder import Feeder, start_feeder
 from bitdistill_ray.data.ledger import Cursor
@@ -20,6 +20,7 @@ from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.data.stream import Stream
 from bitdistill_ray.data.units import list_units
 from bitdistill_ray.errors import DataError, StorageError
+from bitdistill_ray.ray_errors import user_error
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 

@@ -42,7 +42,13 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(tmp_path: Path, corpus: Path) -> None:
     """Killed in the middle, the stage restarts from its checkpoint and ends with the losses of a run left alone."""
-    overrides = (f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32", "teacher.dtype=fp32")
+    overrides = (
+        f"data={corpus}",
+        *TRAIN_ONLY,
+        "stages.distill.tokens=1024",
+        "student.dtype=fp32",
+        "teacher.dtype=fp32",
+    )
     run(tiny_config(tmp_path, *overrides, run=str(tmp_path / "alone")))
     victim = tmp_path / "killed"
     killer = subprocess.Popen([sys.executable, "-c", KILL_A_STUDENT, str(victim / "metrics.jsonl"), str(os.getpid())])
@@ -144,7 +150,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Path, small_disk: Path) -> None:
-    """The disk fills up while a checkpoint is written; with room again, the same command continues from the one before."""
+    """The disk fills up while a checkpoint is written; with room again, the command continues from the one before."""
     overrides = (f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.max_failures=0",
                  "stages.distill.keep_checkpoints=1")  # fmt: skip
     config = tiny_config(tmp_path, *overrides, run=str(small_disk / "run"))

@@ -1,8 +1,8 @@
 """The distilled gradients are those of a teacher in the student's own process, for ZeRO 2 and 3 with two workers.
 
-The remote side is the real one: teacher actor, feeder, Ray Train, DeepSpeed; its full gradients are read just before the
-optimiser's first step.  The reference is one process, plain torch, the whole batch at once, and the same Teacher object
-called directly.
+The remote side is the real one: teacher actor, feeder, Ray Train, DeepSpeed; its full gradients are read just before
+the optimiser's first step.  The reference is one process, plain torch, the whole batch at once, and the same Teacher
+object called directly.
 """
 
 from __future__ import annotations

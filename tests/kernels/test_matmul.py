@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bitdistill_kernels import (
     Weight,
     instruction_sets,
@@ -20,9 +23,6 @@ from bitdistill_kernels import (
     set_threads,
     threads,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from bitdistill_ray.core import Format, Granularity, QuantSpec, ScaleDtype
 from bitdistill_ray.packed.linear import kernel_weight
 from bitdistill_ray.packed.weight import pack

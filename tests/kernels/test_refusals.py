@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bitdistill_kernels import Weight, instruction_sets, quantize_activation, set_instruction_set, set_threads, threads
 
+from bitdistill_kernels import Weight, instruction_sets, quantize_activation, set_instruction_set, set_threads, threads
 from bitdistill_ray.errors import KernelError
 
 N, K = 5, 40

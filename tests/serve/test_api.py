@@ -11,12 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from bitdistill_serve.api import create_api
-from bitdistill_serve.service import Service
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_serve.api import create_api
+from bitdistill_serve.service import Service
 from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
 from tests.tiny_models import tiny_tokenizer
 

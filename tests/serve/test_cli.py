@@ -6,10 +6,10 @@ import socket
 from pathlib import Path
 
 import pytest
-from bitdistill_serve.cli import main
-from bitdistill_serve.options import ServeOptions
 
 from bitdistill_ray.errors import ServeError
+from bitdistill_serve.cli import main
+from bitdistill_serve.options import ServeOptions
 from tests.serve.references import free_port
 
 

@@ -6,12 +6,12 @@ import itertools
 from functools import cache
 
 import pytest
-from bitdistill_serve.detokenize import REPLACEMENT, Detokenizer, StopMatcher
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from bitdistill_serve.detokenize import REPLACEMENT, Detokenizer, StopMatcher
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 BYTE_FALLBACK_WORDS = ("▁", "▁Hello", "Hello", "▁wor", "ld", "é", "雨", ".", "\n")

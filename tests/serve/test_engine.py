@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 import torch
-from bitdistill_serve.batch import Batch, End, Generation, Piece
-from bitdistill_serve.engine import Engine, EngineStoppedError, QueueFullError, Status, Stream
 from torch import Tensor
 
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError, ServeError
+from bitdistill_serve.batch import Batch, End, Generation, Piece
+from bitdistill_serve.engine import Engine, EngineStoppedError, QueueFullError, Status, Stream
 from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
 from tests.tiny_models import tiny_tokenizer
 

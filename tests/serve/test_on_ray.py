@@ -30,8 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(ray_session: None, folder: Path) -> Iterator[httpx.Client]:
-    from bitdistill_serve.app import build
     from ray import serve
+
+    from bitdistill_serve.app import build
 
     port = free_port()
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})

@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
-import bitdistill_kernels
 import pytest
 import torch
-from bitdistill_serve.options import ServeOptions
-from bitdistill_serve.protocol import CompletionRequest
-from bitdistill_serve.service import Service
 
+import bitdistill_kernels
 from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.packed.model import export_packed, load_packed_model
+from bitdistill_serve.options import ServeOptions
+from bitdistill_serve.protocol import CompletionRequest
+from bitdistill_serve.service import Service
 from tests.serve.references import greedy, prompt_ids
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
