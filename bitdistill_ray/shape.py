@@ -92,7 +92,7 @@ def _from_config(config: dict[str, Any], source: str) -> ModelShape:
         kv_heads=int(config.get("num_key_value_heads") or heads),
         head_size=int(config.get("head_dim") or config["hidden_size"] // heads),
         vocabulary=int(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", family in ("llama", "gemma3_text"))),
+        tied=bool(config.get("tie_word_embeddings", family == "gemma3_text")),
     )
 
 

@@ -1,0 +1,147 @@
+"""The configuration tree: what may be left out, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from bitdistill_ray.config import Config, QuantConfig, StudentConfig
+from bitdistill_ray.core import Format, Granularity, QuantSpec
+from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.recipe import check
+from bitdistill_ray.stage_config import ClipStage, DistillStage, LossConfig, SourceConfig
+
+ROAD: dict[str, Any] = {"write": None, "refine": None, "clip": None, "distill": None, "export": None}
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    return {"stages": dict(ROAD), **sections}
+
+
+def test_a_stage_takes_its_kind_from_its_name() -> None:
+    config = check(tree(stages={"write": None, "refine": {}, "first": {"kind": "distill", "tokens": 5}}))
+    assert [stage.kind for stage in config.stages.values()] == ["write", "refine", "distill"]
+    assert list(config.stages) == ["write", "refine", "first"]
+
+
+def test_false_drops_a_stage() -> None:
+    config = check(tree(stages={**ROAD, "clip": False}))
+    assert "clip" not in config.stages
+    assert not any(isinstance(stage, ClipStage) for stage in config.stages.values())
+
+
+@pytest.mark.parametrize("data", ["/corpus", ["/corpus"], {"sources": "/corpus"}, {"sources": {"path": "/corpus"}}])
+def test_a_corpus_can_be_a_path_alone(data: Any) -> None:
+    assert check(tree(data=data)).data.sources == (SourceConfig(path="/corpus"),)
+
+
+def test_the_quantisation_section_is_a_quant_spec() -> None:
+    quant = QuantConfig(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
+    expected = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
+    assert quant.spec == expected
+
+
+def test_a_configuration_cannot_be_changed_in_place() -> None:
+    config = check(tree())
+    with pytest.raises(ValidationError, match="frozen"):
+        config.student.workers = 2  # type: ignore[misc]
+
+
+@given(workers=st.integers(1, 9), micro_batch=st.integers(1, 9), sequences=st.integers(1, 200))
+def test_a_batch_that_is_accepted_divides_into_equal_micro_batches_that_fit(
+    workers: int, micro_batch: int, sequences: int
+) -> None:
+    """The feeder hands out equal shares: what is accepted must divide, and no share may pass `micro_batch`."""
+    student = StudentConfig(workers=workers, micro_batch=micro_batch)
+    stages = {**ROAD, "distill": {"batch_sequences": sequences}}
+    share, rest = divmod(sequences, workers * student.passes(sequences))
+    if rest:
+        assert sequences % (workers * micro_batch), "a multiple, as the remedy proposes, must be accepted"
+        with pytest.raises(ConfigError, match=r"^stages\.distill\.batch_sequences: "):
+            check(tree(stages=stages, student=student.model_dump()))
+    else:
+        assert 1 <= share <= micro_batch
+        check(tree(stages=stages, student=student.model_dump()))
+
+
+IMPOSSIBLE: list[tuple[dict[str, Any], str, str, str]] = [
+    (tree(quant={"group_size": 4}), "quant.group_size", "4 with group scales", "at least 8"),
+    (tree(quant={"granularity": "tensor"}), "quant.group_size", "128 with per-tensor", "Leave group_size empty"),
+    (tree(quant={"granularity": "tensor", "group_size": None}), "quant.granularity", "tensor with nf3", "=group"),
+    (tree(quant={"granularity": "block", "format": "int2"}), "quant.granularity", "block with int2", "ternary only"),
+    (tree(quant={"activation_bits": 4}), "quant.activation_bits", "4", "Use 8"),
+    (
+        tree(student={"workers": 3, "micro_batch": 2}),
+        "stages.distill.batch_sequences",
+        "8 do not divide among 3 workers with 2 micro-batches",
+        "a multiple of 6",
+    ),
+    (
+        tree(student={"micro_batch": 3}),
+        "stages.distill.batch_sequences",
+        "8 do not divide among 1 workers with 3 micro-batches",
+        "a multiple of 3",
+    ),
+    (tree(stages={**ROAD, "write": False}), "stages.clip", "no text for it", "Set data=PATH"),
+    (
+        tree(stages={"refine": None, "distill": {"sources": "written"}}, data="/corpus"),
+        "stages.distill",
+        "no text for it",
+        "`write` stage before it",
+    ),
+    (tree(stages={"finetune": {"sources": "task"}}, data="/corpus"), "stages.finetune", "no text", "data.task=PATH"),
+    (tree(stages={"refine": {"subln": "all"}}), "stages.refine", "no text for it", "Set data=PATH"),
+    (tree(stages={"distill": None, "refine": None}, data="/corpus"), "stages.distill", "needs a student", "`refine`"),
+    (tree(stages={"write": None, "export": None}), "stages.export", "needs a student", "Put `refine` before it"),
+]
+
+
+@pytest.mark.parametrize(("content", "key", "value", "remedy"), IMPOSSIBLE, ids=[f"{i[1]}-{i[2]}" for i in IMPOSSIBLE])
+def test_what_cannot_work_is_refused_in_one_line(content: dict[str, Any], key: str, value: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(content)
+    assert refusal.value.where == key
+    assert value in refusal.value.what
+    assert remedy in refusal.value.remedy
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "what"),
+    [
+        ({"ce": 0}, "loss", "every weight is 0"),
+        ({"ce": 1, "gamma": "max"}, "loss.gamma", "max without cakld"),
+        ({"cakld": 1, "gamma": 1.5}, "loss.gamma", "1.5"),
+        ({"ce": 1, "temperature": 5}, "loss.temperature", "5.0 without a KL"),
+        ({"ce": 1, "kl_scope": "present"}, "loss.kl_scope", "present without a KL"),
+        ({"jsd": 1, "temperature_squared": True}, "loss.temperature_squared", "no effect"),
+        ({"cakld": 1, "gamma": "per-token", "kl_scope": "present"}, "loss.kl_scope", "present with gamma per token"),
+    ],
+)
+def test_a_loss_that_says_nothing_or_too_much_is_refused(loss: dict[str, Any], key: str, what: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        check(tree(stages={**ROAD, "distill": {"loss": loss}}))
+    assert refusal.value.where == key
+    assert what in refusal.value.what
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "cakld"])
+def test_only_plain_cross_entropy_needs_no_teacher(loss: str) -> None:
+    assert LossConfig.model_validate({loss: 0.5}).needs_teacher
+    assert not LossConfig(ce=1.0).needs_teacher
+    assert LossConfig.model_validate({"ce": 1, "relation": {"weight": 60}}).needs_teacher
+
+
+def test_stages_may_read_paths_of_their_own() -> None:
+    config = check(tree(stages={"refine": None, "distill": {"sources": ["/a", {"path": "/b", "text_column": "t"}]}}))
+    stage = config.stages["distill"]
+    assert isinstance(stage, DistillStage)
+    assert stage.sources == (SourceConfig(path="/a"), SourceConfig(path="/b", text_column="t"))
+
+
+def test_the_defaults_alone_are_a_configuration() -> None:
+    assert Config().stages == {}
