@@ -14,7 +14,17 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import ClipStage, RefineStage, Sources, StageConfig, Strict, TrainStage
+from bitdistill_ray.stage_config import (
+    ClipStage,
+    DistillStage,
+    LossConfig,
+    PretrainStage,
+    RefineStage,
+    Sources,
+    StageConfig,
+    Strict,
+    TrainStage,
+)
 
 
 class Dtype(StrEnum):
@@ -176,6 +186,8 @@ class Config(Strict):
             self._check_text(name, stage, written="write" in kinds[:place])
             if isinstance(stage, TrainStage):
                 self._check_batch(name, stage.batch_sequences)
+            if isinstance(stage, PretrainStage | DistillStage) and self.teacher.payload is Payload.TOPK:
+                self._check_topk(name, stage.loss)
         return self
 
     def _check_batch(self, name: str, sequences: int) -> None:
@@ -184,6 +196,12 @@ class Config(Strict):
             raise ConfigError(f"stages.{name}.batch_sequences", f"{sequences} do not divide among {workers} workers "
                               f"with {passes} micro-batches each",
                               f"Give a multiple of {workers * self.student.micro_batch}")  # fmt: skip
+
+    @staticmethod
+    def _check_topk(name: str, loss: LossConfig) -> None:
+        if loss.temperature != 1:
+            raise ConfigError(f"stages.{name}.loss.temperature", f"{loss.temperature} with teacher.payload=topk, whose "
+                              "tail is known at 1", "Use temperature 1, or teacher.payload=hidden")  # fmt: skip
 
     def _check_text(self, name: str, stage: StageConfig, *, written: bool) -> None:
         calibrates = isinstance(stage, RefineStage) and stage.subln != "none" and stage.gain == "calibrated"

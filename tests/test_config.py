@@ -86,6 +86,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str, str]] = [
         "8 do not divide among 1 workers with 3 micro-batches",
         "a multiple of 3",
     ),
+    (
+        tree(stages={**ROAD, "distill": {"loss": {"jsd": 1, "temperature": 2}}}, teacher={"payload": "topk"}),
+        "stages.distill.loss.temperature",
+        "2.0 with teacher.payload=topk",
+        "teacher.payload=hidden",
+    ),
     (tree(stages={**ROAD, "write": False}), "stages.clip", "no text for it", "Set data=PATH"),
     (
         tree(stages={"refine": None, "distill": {"sources": "written"}}, data="/corpus"),
