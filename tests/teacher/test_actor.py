@@ -151,9 +151,9 @@ def greedy_alone(teacher: Teacher, prompt: str, tokens: int) -> list[int]:
     while len(written) < tokens:
         with torch.no_grad():
             token = int(teacher.model(input_ids=torch.tensor([ids + written])).logits[0, -1].argmax())
-        written.append(token)
         if token == teacher.tokenizer.eos_token_id:
             break
+        written.append(token)
     return written
 
 
