@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.decode.sampling import Sampling
-from bitdistill_ray.errors import DataError
+from bitdistill_ray.errors import DataError, TeacherError
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import SourceConfig, WriteStage
@@ -30,6 +31,7 @@ from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.corpus import source_of
 from bitdistill_ray.teacher.actor import Written
 from bitdistill_ray.teacher.pool import TeacherPool
+from bitdistill_ray.teacher.recovery import PAUSE_S
 
 NGRAM = 8
 Part = tuple[int, int]  # number of the part, number of its first text
@@ -92,9 +94,10 @@ def _written(
     pool: TeacherPool, missing: deque[Part], prompts: list[str], options: WriteStage, size: int
 ) -> Iterator[tuple[Part, list[Written]]]:
     """The texts of each missing part, as teachers finish them; a lost teacher's part is written again by another."""
-    running: dict[Any, tuple[Part, Any]] = {}
+    running: dict[Any, tuple[Part | None, Any]] = {}  # None: a teacher that is being started again
+    losses: Counter[Part] = Counter()
     idle = list(pool.handles)
-    while missing or running:
+    while missing or any(part for part, _ in running.values()):
         while missing and idle:
             part, handle = missing.popleft(), idle.pop()
             numbers = range(part[1], min(part[1] + size, options.texts))
@@ -106,14 +109,25 @@ def _written(
             running[handle.write.remote(chosen, sampling, batch=options.batch)] = (part, handle)
         done, _ = ray.wait(list(running), num_returns=1)
         part, handle = running.pop(done[0])
-        idle.append(handle)
         try:
-            yield part, ray.get(done[0])
+            texts = ray.get(done[0])
         except RayActorError as lost:
-            print(f"a teacher was lost while writing part {part[0]} ({type(lost).__name__}): written again", flush=True)
-            missing.append(part)
+            if part is not None:
+                print(f"a teacher was lost while writing part {part[0]} ({type(lost).__name__}): written again",
+                      flush=True)  # fmt: skip
+                losses[part] += 1
+                if losses[part] == pool.config.attempts:
+                    raise TeacherError("teacher", f"was lost {losses[part]} times while writing part {part[0]}",
+                                       "See the teachers' logs; a smaller batch is lighter") from None  # fmt: skip
+                missing.append(part)
+            time.sleep(PAUSE_S)
+            running[handle.__ray_ready__.remote()] = (None, handle)
+            continue
         except RayError as error:
             raise user_error(error) or error from None
+        idle.append(handle)
+        if part is not None:
+            yield part, texts
 
 
 def _publish(context: StageContext, part: Part, texts: list[Written], options: WriteStage) -> None:

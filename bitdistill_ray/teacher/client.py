@@ -8,7 +8,7 @@ for.  A teacher that dies or stays silent loses the question to another; an answ
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.teacher import wire
+from bitdistill_ray.teacher.recovery import await_restart
 from bitdistill_ray.teacher.request import SignalRequest
 
 
@@ -40,8 +41,16 @@ class TeacherClient:
     """
 
     def __init__(
-        self, handles: Sequence[Any], request: SignalRequest, *, timeout_s: float, attempts: int, first: int = 0
+        self,
+        handles: Sequence[Any],
+        request: SignalRequest,
+        *,
+        timeout_s: float,
+        attempts: int,
+        first: int = 0,
+        say: Callable[[str], object] = print,
     ) -> None:
+        self.say = say
         self.handles, self.request, self.timeout_s, self.attempts = list(handles), request, timeout_s, attempts
         self.outstanding = [0] * len(self.handles)
         self.next = first  # students start on different teachers
@@ -73,9 +82,11 @@ class TeacherClient:
 
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:
+            lost = False
             try:
                 message: wire.Message = ray.get(ticket.answer, timeout=self.timeout_s)
             except (RayActorError, ObjectLostError) as error:
+                lost = True
                 reason = f"teacher {ticket.teacher} was lost ({type(error).__name__})"
             except GetTimeoutError:
                 reason = f"teacher {ticket.teacher} gave no answer in {self.timeout_s:.0f} s"
@@ -89,9 +100,9 @@ class TeacherClient:
             self.retries += 1
             ticket.attempt += 1
             ticket.teacher = self._least_busy(avoid=ticket.teacher)
-            print(
-                f"{reason}: asking teacher {ticket.teacher} (attempt {ticket.attempt} of {self.attempts})", flush=True
-            )
+            self.say(f"{reason}: asking teacher {ticket.teacher} (attempt {ticket.attempt} of {self.attempts})")
+            if lost:
+                await_restart(self.handles[ticket.teacher], self.timeout_s)
             ticket.answer = self._send(ticket.batch, ticket.teacher)
 
     def _send(self, batch: Any, teacher: int) -> Any:
