@@ -11,7 +11,6 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from ray.experimental import tqdm_ray
 from torch import Tensor
 
 from bitdistill_ray.core import TokenBatch
@@ -24,16 +23,17 @@ from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stage_config import ClipStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
 from bitdistill_ray.stages.corpus import corpus_of, first_batches
 
 
 @stage("clip")
 def clip(context: StageContext) -> StageRecord:
     """Publish `student/`, whose latent weights are clipped."""
-    return on_cluster(_clip, context, resources=context.config.student)
+    return on_cluster(_clip, context)
 
 
-def _clip(context: StageContext) -> StageRecord:
+def _clip(context: StageContext, notes: Notes) -> StageRecord:
     options, config = context.stage, context.config
     assert isinstance(options, ClipStage)
     device = local_device()
@@ -45,7 +45,7 @@ def _clip(context: StageContext) -> StageRecord:
     chosen = [name for name in statistics if not any(fnmatchcase(name, pattern) for pattern in options.exclude)]
     grid = ClipGrid(steps=options.grid, max_shrink=options.shrink)
     before, after = 0.0, 0.0
-    for name in tqdm_ray.tqdm(chosen, desc=f"{context.name}: search"):
+    for name in notes.each(chosen):
         linear: Any = model.get_submodule(name)
         ranges = search_clip(linear.weight, statistics.pop(name), linear.spec, grid, name=name)
         with torch.no_grad():
@@ -57,9 +57,7 @@ def _clip(context: StageContext) -> StageRecord:
     with context.run.publish(context.path("student")) as folder:
         save_student(folder, model, tokenizer, provenance=provenance(config, stage=context.name))
     path, left = context.path("student"), after / before if before else 1.0
-    return context.record(
-        {"student": path, "clipped": path}, linears=len(chosen), error_left=round(left, 4)
-    )
+    return context.record({"student": path, "clipped": path}, linears=len(chosen), error_left=round(left, 4))
 
 
 def gather_statistics(model: Any, batches: list[TokenBatch]) -> dict[str, ClipStatistics]:

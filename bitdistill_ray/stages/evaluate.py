@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 
-from ray.experimental import tqdm_ray
 
 from bitdistill_ray.data.tables import read_rows, read_texts
 from bitdistill_ray.evaluation.candidate import load_candidate
@@ -20,6 +19,7 @@ from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.stage_config import EvaluateStage, SourceConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
 from bitdistill_ray.stages.corpus import source_of
 
 NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed": "trained"}
@@ -28,14 +28,14 @@ NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "pa
 @stage("evaluate")
 def evaluate(context: StageContext) -> StageRecord:
     """Write `evaluation.json` and print the table."""
-    reports: list[ModelReport] = on_cluster(_evaluate, context, resources=context.config.student)
+    reports: list[ModelReport] = on_cluster(_evaluate, context)
     content = as_json(reports)
     context.run.storage.write_bytes("evaluation.json", json.dumps(content, indent=1).encode())
     print_table(reports)
     return context.record({}, evaluation=content["models"])
 
 
-def _evaluate(context: StageContext) -> list[ModelReport]:
+def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
     options, config = context.stage, context.config
     assert isinstance(options, EvaluateStage)
     device = local_device()
@@ -53,7 +53,7 @@ def _evaluate(context: StageContext) -> list[ModelReport]:
     )
     reports = [suite.report(TEACHER, teacher, teacher)]
     roles = [role for role in NAMES if role == "packed" or options.baselines]
-    for role in tqdm_ray.tqdm(roles, desc=f"{context.name}: models"):
+    for role in notes.each(roles):
         path = context.earlier(role)
         if path is not None:
             student = load_candidate(str(context.run.fetch(path)), dtype=dtype, device=device)

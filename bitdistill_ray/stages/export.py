@@ -11,6 +11,7 @@ from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stage_config import ExportStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
 
 BASELINES = ("rtn", "clipped")
 
@@ -18,10 +19,10 @@ BASELINES = ("rtn", "clipped")
 @stage("export")
 def export(context: StageContext) -> StageRecord:
     """Publish `packed/`, and `packed-rtn/`, `packed-clipped/` where asked for."""
-    return on_cluster(_export, context, resources=context.config.student)
+    return on_cluster(_export, context)
 
 
-def _export(context: StageContext) -> StageRecord:
+def _export(context: StageContext, notes: Notes) -> StageRecord:
     options = context.stage
     assert isinstance(options, ExportStage)
     roles = {"packed": "student"}
@@ -29,7 +30,7 @@ def _export(context: StageContext) -> StageRecord:
         student = context.earlier("student")
         roles |= {f"packed-{role}": role for role in BASELINES if context.earlier(role) not in (None, student)}
     artefacts, facts = {}, {}
-    for name, role in roles.items():
+    for name, role in notes.each(list(roles.items())):
         source = context.fetch(role)
         with context.run.publish(context.path(name)) as folder:
             pack_student(source, folder, {**provenance(context.config, stage=context.name), "student": role})

@@ -15,16 +15,17 @@ from bitdistill_ray.runs import StageRecord, provenance, storage_opener
 from bitdistill_ray.stage_config import RefineStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
 from bitdistill_ray.stages.corpus import corpus_of, first_batches
 
 
 @stage("refine")
 def refine(context: StageContext) -> StageRecord:
     """Publish `student/`."""
-    return on_cluster(_refine, context, resources=context.config.student)
+    return on_cluster(_refine, context)
 
 
-def _refine(context: StageContext) -> StageRecord:
+def _refine(context: StageContext, notes: Notes) -> StageRecord:
     options, config = context.stage, context.config
     assert isinstance(options, RefineStage)
     device = local_device()
@@ -45,7 +46,7 @@ def _refine(context: StageContext) -> StageRecord:
         calibrate_subln(model, first_batches(corpus, options.calibration_sequences))
     with context.run.publish(context.path("student")) as folder:
         save_student(folder, model, tokenizer, provenance=provenance(config, stage=context.name))
-    print(f"quantised {len(linears)} linears as {config.quant.format} ({dtype}, {why}); SubLN: {options.subln}",
-          flush=True)  # fmt: skip
+    notes.say(f"quantised {len(linears)} linears as {quant.format}, {quant.granularity} {quant.group_size or ''}; "
+              f"in {dtype}: {why}; SubLN: {options.subln}")  # fmt: skip
     path = context.path("student")
     return context.record({"student": path, "rtn": path}, linears=len(linears), subln_norms=len(norms))

@@ -99,14 +99,14 @@ def _written(
     idle = list(pool.handles)
     while missing or any(part for part, _ in running.values()):
         while missing and idle:
-            part, handle = missing.popleft(), idle.pop()
-            numbers = range(part[1], min(part[1] + size, options.texts))
+            ahead, handle = missing.popleft(), idle.pop()
+            numbers = range(ahead[1], min(ahead[1] + size, options.texts))
             sampling = [
                 Sampling(max_tokens=options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
                          seed=options.seed * 1_000_003 + number) for number in numbers
             ]  # fmt: skip
             chosen = [prompts[number % len(prompts)] for number in numbers]
-            running[handle.write.remote(chosen, sampling, batch=options.batch)] = (part, handle)
+            running[handle.write.remote(chosen, sampling, batch=options.batch)] = (ahead, handle)
         done, _ = ray.wait(list(running), num_returns=1)
         part, handle = running.pop(done[0])
         try:

@@ -30,12 +30,21 @@ class Monitor:
         self.rows: list[Row] = [json.loads(line) for line in lines]
         self.flushed_at = 0.0
         self.refused: BitdistillError | None = None
+        self.said: list[str] = []
 
     def step(self, row: Row) -> None:
         """Add the row of one optimiser step."""
         self.rows.append({"stage": self.stage, **row})
         if time.monotonic() - self.flushed_at > self.flush_every_s:
             self.flush()
+
+    def say(self, line: str) -> None:
+        """Add a line for the driver's terminal."""
+        self.said.append(line)
+
+    def lines(self, since: int = 0) -> list[str]:
+        """What was said, from line `since` on."""
+        return self.said[since:]
 
     def rewind(self, step: int) -> None:
         """Forget this stage's rows from `step` on: they are about to be repeated."""
@@ -76,9 +85,14 @@ class ProgressBar:
         self.thread.join()
 
     def _watch(self) -> None:
+        shown = 0
         with tqdm(total=self.steps, desc=self.title, unit="step", mininterval=1.0) as bar:
             while True:
                 last = self.stopped.wait(1.0)
+                lines = ray.get(self.monitor.lines.remote(since=shown))
+                shown += len(lines)
+                for line in lines:
+                    bar.write(f"[{self.title}] {line}")
                 rows = ray.get(self.monitor.own_rows.remote(since=bar.n))
                 if rows:
                     bar.set_postfix_str(headline(rows[-1]), refresh=False)

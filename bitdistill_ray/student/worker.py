@@ -7,6 +7,7 @@ backward pass, so that neither padding nor the number of workers or micro-batche
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitdistill_ray import env
+from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.errors import BitdistillError, ModelError
 from bitdistill_ray.hardware import compute_dtype
@@ -36,6 +38,9 @@ from bitdistill_ray.student.objective import objective_of, student_layer
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
+
+SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
+"""What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
 
 
 def train_worker(settings: dict[str, TrainJob]) -> None:
@@ -69,8 +74,8 @@ class Worker:
         self.client = self._client()
         self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         if self.rank == 0:
-            print(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
-                  f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}", flush=True)  # fmt: skip
+            self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
+                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
 
     def run(self) -> None:
         """From the newest checkpoint to the last step; then publish the weights."""
@@ -85,14 +90,14 @@ class Worker:
         )
         for step, micros in enumerate(inbox, start=position.step):
             began = time.perf_counter()
-            losses, tokens = self._step(micros, inbox)
+            losses, tokens = self.step(micros, inbox.signals)
             self._report(step, losses, tokens, time.perf_counter() - began, inbox)
             if (step + 1) % self.job.stage.checkpoint_every == 0 and step + 1 < self.job.steps:
                 self._save(step + 1)
         self._publish()
         ray.train.report({"step": self.job.steps})
 
-    def _step(self, micros: list[BatchArrays], inbox: Inbox) -> tuple[dict[str, Tensor], Tensor]:
+    def step(self, micros: list[BatchArrays], signals_of: SignalsOf) -> tuple[dict[str, Tensor], Tensor]:
         """One optimiser step: (loss and parts averaged over all ranks' micro-batches, target tokens of all ranks)."""
         batches = [token_batch(arrays) for arrays in micros]
         totals = Totals(torch.zeros(3, dtype=torch.float64))
@@ -103,7 +108,7 @@ class Worker:
         shared = Totals(counts).shared_by(self.ranks * self.micros)
         sums: dict[str, Tensor] = {}
         for arrays, batch in zip(micros, batches, strict=True):
-            signals = inbox.signals(arrays, self.device)
+            signals = signals_of(arrays, self.device)
             value, parts = self.engine(batch.to(self.device), signals, shared)
             self.engine.backward(value)
             self.engine.step()
@@ -142,9 +147,12 @@ class Worker:
             ray.get(self.job.feeder.resume.remote(position.ledger))
             ray.get(self.job.monitor.rewind.remote(position.step))
             if position.step:
-                print(f"resumes at step {position.step} of {self.job.steps}", flush=True)
+                self._say(f"resumes at step {position.step} of {self.job.steps}")
         dist.barrier()
         return position
+
+    def _say(self, line: str) -> None:
+        self.job.monitor.say.remote(line)
 
     def _save(self, step: int) -> None:
         ledger = ray.get(self.job.feeder.state.remote(step - 1))
@@ -163,7 +171,12 @@ class Worker:
         teacher = self.job.config.teacher
         request = SignalRequest(payload=teacher.payload, topk=teacher.topk, attention_layer=self.job.relation_layer)
         return TeacherClient(
-            self.job.teachers, request, timeout_s=teacher.timeout_s, attempts=teacher.attempts, first=self.rank
+            self.job.teachers,
+            request,
+            timeout_s=teacher.timeout_s,
+            attempts=teacher.attempts,
+            first=self.rank,
+            say=self._say,
         )
 
     def _module(self) -> nn.Module:

@@ -1,0 +1,93 @@
+"""What a stage's remote part tells the person at the terminal: lines, and how far it has come.
+
+Ray forwards all that its processes print, a library's chatter too, so the driver switches that off (it stays in Ray's
+own log files) and shows instead what a stage says on purpose, through an actor that it asks once a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+
+class Board:
+    """The actor between a stage's task and the driver."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.done, self.total = 0, 0
+
+    def say(self, line: str) -> None:
+        """Add a line."""
+        self.lines.append(line)
+
+    def expect(self, total: int) -> None:
+        """Start a progress bar of `total` things."""
+        self.done, self.total = 0, total
+
+    def advance(self) -> None:
+        """One thing more is done."""
+        self.done += 1
+
+    def read(self, since: int) -> tuple[list[str], int, int]:
+        """Lines from number `since` on, things done, things expected."""
+        return self.lines[since:], self.done, self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The task's end of a Board."""
+
+    board: Any
+
+    def say(self, line: str) -> None:
+        """Print a line on the driver's terminal."""
+        self.board.say.remote(line)
+
+    def each(self, items: Sequence[Item]) -> Iterator[Item]:
+        """The items, with a progress bar on the driver's terminal."""
+        self.board.expect.remote(len(items))
+        for item in items:
+            yield item
+            self.board.advance.remote()
+
+
+@contextmanager
+def shown_notes(title: str) -> Iterator[Notes]:
+    """Notes whose lines and progress appear on this process's terminal while the block runs."""
+    board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    over = threading.Event()
+    thread = threading.Thread(target=_show, args=(board, title, over), daemon=True)
+    thread.start()
+    try:
+        yield Notes(board)
+    finally:
+        over.set()
+        thread.join()
+        ray.kill(board)
+
+
+def _show(board: Any, title: str, over: threading.Event) -> None:
+    shown, bar = 0, None
+    while True:
+        last = over.wait(1.0)
+        lines, done, total = ray.get(board.read.remote(shown))
+        shown += len(lines)
+        for line in lines:
+            tqdm.write(f"[{title}] {line}")
+        if total and bar is None:
+            bar = tqdm(total=total, desc=title)
+        if bar is not None:
+            bar.update(done - bar.n)
+        if last:
+            if bar is not None:
+                bar.close()
+            return
