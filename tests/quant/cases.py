@@ -32,7 +32,8 @@ def alpha_of(w: Tensor, spec: QuantSpec, fraction: float = 0.7) -> Tensor | None
 @st.composite
 def specs(draw: st.DrawFn, formats: tuple[Format, ...] = tuple(Format), **fixed: object) -> QuantSpec:
     format, granularity = draw(st.sampled_from([pair for pair in PAIRS if pair[0] in formats]))
-    chosen = {"rounding": draw(st.sampled_from(Rounding)), "scale_dtype": draw(st.sampled_from(ScaleDtype))} | fixed
+    roundings = [Rounding.HALF_EVEN] if format is Format.NF3 else list(Rounding)
+    chosen = {"rounding": draw(st.sampled_from(roundings)), "scale_dtype": draw(st.sampled_from(ScaleDtype))} | fixed
     return spec_of(format, granularity, draw(st.sampled_from([8, 16, 24])), **chosen)
 
 
