@@ -42,3 +42,11 @@ def private_ray_token() -> None:
     Call it before the first `import ray`, which reads both variables.
     """
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def patient_threads() -> None:
+    """Let the OpenMP threads of processes started from here sleep while they wait, unless OMP_WAIT_POLICY says else.
+
+    A teacher and a student that share cores otherwise spend much of their time spinning in each other's way.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -51,6 +51,7 @@ def cluster(config: Config) -> Iterator[None]:
 
     if not env.ray_address() and "ray" not in sys.modules:
         env.private_ray_token()
+        env.patient_threads()
     import ray
 
     if ray.is_initialized():

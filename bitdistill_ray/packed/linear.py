@@ -2,7 +2,7 @@
 
 On the CPU it runs the compiled kernels, which read 2 or 3 bits per weight and never form the matrix.  Elsewhere, and
 where a gradient is to flow to the input (kernels have none), it dequantises the matrix for the moment of the product:
-the reference that the kernels are tested against.
+the reference that the kernels are tested against.  With `kernels=False` it dequantises once and keeps the matrix.
 
     y = Q(W) A(N(x)) + b        N SubLN, A int8 activations where the spec says so, Q(W) the packed weight
 
@@ -38,7 +38,7 @@ class PackedLinear(nn.Module):
         norm: nn.Module | None = None,
         kernels: bool = True,
     ) -> None:
-        """`bias` [N]; `norm` is applied to the input first; `kernels` False always takes the reference's way.
+        """`bias` [N]; `norm` is applied to the input first; `kernels` False always takes the reference's way, densely.
 
         Raises PackedError where the packed tensors do not have the sizes of their spec.
         """
@@ -50,6 +50,7 @@ class PackedLinear(nn.Module):
         self.kernels = kernels
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._kernel_weight: Weight | None = None
+        self._dense_NK: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """Raises KernelError on the CPU where the kernels are not built or do not support the shape."""
@@ -62,7 +63,14 @@ class PackedLinear(nn.Module):
         if bits is not None:
             input = fake_quantize_activation(input, bits)
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        return nn.functional.linear(input, self.dequantized(input.dtype), bias)
+        return nn.functional.linear(input, self._dense(input.dtype), bias)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        if self.kernels:
+            return self.dequantized(dtype)
+        if self._dense_NK is None or self._dense_NK.dtype is not dtype:
+            self._dense_NK = self.dequantized(dtype)
+        return self._dense_NK
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] matrix that the packed bytes stand for."""
@@ -88,12 +96,12 @@ class PackedLinear(nn.Module):
         device = fn(torch.empty(0, device=self.packed.codes.device)).device
         if device != self.packed.codes.device:
             self.packed = to_device(self.packed, device)
-            self._kernel_weight = None
+            self._kernel_weight = self._dense_NK = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the canonical bytes and repack them when they are first used."""
-        return {**self.__dict__, "_kernel_weight": None}
+        return {**self.__dict__, "_kernel_weight": None, "_dense_NK": None}
 
 
 def kernel_weight(packed: PackedWeight) -> Weight:
