@@ -13,7 +13,7 @@ CPP        = $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' 
 PYTEST     = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast soak check types format clean
+.PHONY: help setup demo test test-fast soak bench check types format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -41,6 +41,11 @@ test-fast: $(INSTALLED)  ## the tests that need no cluster, server or build (und
 
 soak: $(INSTALLED)  ## long fuzzing and soaks
 	$(PYTEST) -m soak --timeout 0
+
+bench: $(INSTALLED)  ## kernels, decoding, teacher and training at small sizes; JSON in runs/bench (about 2 minutes)
+	@mkdir -p runs/bench
+	for kind in kernels decode teacher train; do \
+	  $(BIN)/python -m bitdistill_ray.bench $$kind --json runs/bench/$$kind.json || exit; done
 
 check: $(INSTALLED)  ## lint, format, types and spelling, as in pre-commit
 	$(BIN)/ruff check .

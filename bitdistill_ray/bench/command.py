@@ -1,0 +1,136 @@
+"""python -m bitdistill_ray.bench kernels|decode|teacher|train [--device cpu|cuda] [--threads N] [--json FILE] …
+
+Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
+
+    kernels   low-bit products alone, for one token and for 128
+    decode    tokens per second of a packed student, beside the model it came from; random ones unless named
+    teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone
+    train     a training step: what the live teacher, the quantisers and the chunked loss cost
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from bitdistill_ray import env
+from bitdistill_ray.bench.report import Row, as_json, table
+from bitdistill_ray.errors import BitdistillError, ConfigError
+from bitdistill_ray.storage import write_json
+
+FORMATS = "ternary,int2,int3,nf3"
+SHAPES = "4096x4096"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; each kind takes only what it uses."""
+    command = argparse.ArgumentParser(
+        prog="bitdistill bench",
+        description=__doc__.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="KIND")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    shared.add_argument("--threads", type=int, default=env.cpu_count(), help="default: every CPU of this process")
+    shared.add_argument("--json", metavar="FILE")
+
+    kernels = kinds.add_parser("kernels", parents=[shared])
+    kernels.add_argument("--formats", default=FORMATS, help=f"FORMAT[:a8|:a16], … (default {FORMATS})")
+    kernels.add_argument("--shapes", default=SHAPES, metavar="NxK,…", help=f"out x in features (default {SHAPES})")
+    kernels.set_defaults(run=_kernels)
+
+    decode = kinds.add_parser("decode", parents=[shared])
+    decode.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
+    decode.add_argument("--baseline", metavar="MODEL", help="another model, beside MODEL")
+    decode.add_argument("--formats", help="of random students (default nf3)")
+    decode.add_argument("--batch", type=int, default=4, help="sequences, beside one alone (default 4)")
+    decode.add_argument("--prompt-tokens", type=int, default=64)
+    decode.add_argument("--new-tokens", type=int, default=16)
+    decode.set_defaults(run=_decode)
+
+    teacher = kinds.add_parser("teacher", parents=[shared])
+    teacher.add_argument("--model", metavar="SOURCE", help="default: a random one")
+    teacher.set_defaults(run=_teacher)
+
+    train = kinds.add_parser("train", parents=[shared])
+    train.add_argument("--model", metavar="SOURCE", help="teacher and student (default: a random one)")
+    train.add_argument("--formats", default="nf3", help="FORMAT[:a8|:a16], … of the student (default nf3)")
+    train.set_defaults(run=_train)
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table, write the JSON; returns the exit status, 2 after an error that the user can mend."""
+    options = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], list[Row]] = options.run
+    try:
+        _check(options)
+        rows = run(options)
+        print(table(rows), flush=True)
+        if options.json:
+            write_json(options.json, as_json(rows))
+    except BitdistillError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("--device", "cuda, but torch sees no GPU here", "Use --device cpu")
+    if options.threads < 1:
+        raise ConfigError("--threads", f"{options.threads}", "Give at least 1")
+
+
+def _kernels(options: argparse.Namespace) -> list[Row]:
+    import torch
+
+    from bitdistill_ray.bench import kernels
+    from bitdistill_ray.bench.limits import Place
+
+    specs = [kernels.parse_format(name) for name in options.formats.split(",")]
+    shapes = [kernels.parse_shape(text) for text in options.shapes.split(",")]
+    return kernels.measure(specs, shapes, Place.of(torch.device(options.device), options.threads))
+
+
+def _decode(options: argparse.Namespace) -> list[Row]:
+    import torch
+
+    from bitdistill_ray.bench import decode, kernels
+    from bitdistill_ray.bench.limits import Place
+    from bitdistill_ray.bench.models import Size
+
+    if options.model and options.formats:
+        raise ConfigError("--formats", "given with MODEL, which has one", "Leave one of them away")
+    if options.baseline and not options.model:
+        raise ConfigError("--baseline", "given without MODEL", "Name the model to measure")
+    load = decode.Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+    place = Place.of(torch.device(options.device), options.threads)
+    if options.model:
+        return decode.measure(options.model, options.baseline, load, place)
+    specs = [kernels.parse_format(name) for name in (options.formats or "nf3").split(",")]
+    return decode.measure_random(specs, Size(), load, place)
+
+
+def _teacher(options: argparse.Namespace) -> list[Row]:
+    from bitdistill_ray.bench.cluster import Machine, local_ray
+
+    with local_ray(machine := Machine(device=options.device, threads=options.threads)):
+        from bitdistill_ray.bench import teacher
+
+        return teacher.measure(options.model, machine)
+
+
+def _train(options: argparse.Namespace) -> list[Row]:
+    from bitdistill_ray.bench.cluster import Machine, local_ray
+
+    with local_ray(machine := Machine(device=options.device, threads=options.threads)):
+        from bitdistill_ray.bench import kernels, train
+
+        specs = [kernels.parse_format(name) for name in options.formats.split(",")]
+        return train.measure(options.model, specs, machine)
