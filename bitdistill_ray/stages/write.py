@@ -96,7 +96,7 @@ def _written(
     """The texts of each missing part, as teachers finish them; a lost teacher's part is written again by another."""
     running: dict[Any, tuple[Part | None, Any]] = {}  # None: a teacher that is being started again
     losses: Counter[Part] = Counter()
-    idle = list(pool.handles)
+    idle, alive_at = list(pool.handles), time.monotonic()
     while missing or any(part for part, _ in running.values()):
         while missing and idle:
             ahead, handle = missing.popleft(), idle.pop()
@@ -117,15 +117,21 @@ def _written(
                       flush=True)  # fmt: skip
                 losses[part] += 1
                 if losses[part] == pool.config.attempts:
-                    raise TeacherError("teacher", f"was lost {losses[part]} times while writing part {part[0]}",
+                    raise TeacherError("teacher", f"lost while writing part {part[0]}, in attempt {losses[part]} of "
+                                       f"{pool.config.attempts}",
                                        "See the teachers' logs; a smaller batch is lighter") from None  # fmt: skip
                 missing.append(part)
+                alive_at = time.monotonic()
+            if not any(part for part, _ in running.values()) and time.monotonic() - alive_at > pool.config.timeout_s:
+                raise TeacherError("teacher", f"all were lost, and none came back in {pool.config.timeout_s:.0f} s",
+                                   "See the teachers' logs; the same command continues") from None  # fmt: skip
             time.sleep(PAUSE_S)
             running[handle.__ray_ready__.remote()] = (None, handle)
             continue
         except RayError as error:
             raise user_error(error) or error from None
         idle.append(handle)
+        alive_at = time.monotonic()
         if part is not None:
             yield part, texts
 

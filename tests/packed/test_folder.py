@@ -121,6 +121,18 @@ def test_config_may_be_reformatted_but_not_changed(original: Path, tmp_path: Pat
 @given(st.data())
 @settings(max_examples=150, deadline=None)
 def test_any_damage_is_refused_or_harmless(original: Path, data: st.DataObject) -> None:
+    damage_and_read(original, data)
+
+
+@pytest.mark.soak
+@given(st.data())
+@settings(max_examples=50_000, deadline=None)
+def test_no_damage_of_very_many_passes(original: Path, data: st.DataObject) -> None:
+    """The same for about ten minutes."""
+    damage_and_read(original, data)
+
+
+def damage_and_read(original: Path, data: st.DataObject) -> None:
     """A flipped bit, a truncation or an appended byte, anywhere in any file."""
     files = sorted(path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file())
     file = data.draw(st.sampled_from(files))
