@@ -67,7 +67,9 @@ class Reader:
 def multiply_rate(N: int, K: int, place: Place) -> tuple[float, str]:
     """(operations per second, in words) of the fastest dense [M, K] x [K, N] of torch, whatever its dtype."""
     device = place.device
-    x_MK, w_KN = torch.randn(PROBE_TOKENS, K, device=device), torch.randn(K, N, device=device)
+    x_MK = torch.randn(PROBE_TOKENS, K, device=device)
+    # each in the layout that its int8 product wants: cuBLAS a transposed one
+    w_KN = torch.randn(N, K, device=device).t() if device.type == "cuda" else torch.randn(K, N)
     ways: dict[str, Function] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         ways[name] = _product(x_MK.to(dtype), w_KN.to(dtype))
