@@ -112,7 +112,7 @@ def test_the_papers_recipes_are_the_papers_settings() -> None:
 UNKNOWN = [
     ("modl.teacher=x", "modl", "model"),
     ("model.teachr=x", "model.teachr", "model.teacher"),
-    ("quant.formt=nf3", "quant.formt", "quant.format"),
+    ("quant.formats=nf3", "quant.formats", "quant.format"),
     ("data.source=/c", "data.source", "data.sources"),
     ("data.sources=[{path: a, text_colum: b}]", "data.sources.0.text_colum", "data.sources.0.text_column"),
     ("storage.endpoint=x", "storage.endpoint", "storage.endpoint_url"),
@@ -126,7 +126,7 @@ UNKNOWN = [
         "stages.distill.loss.relation.layer",
     ),
     ("stages.evaluate.texts=[{name: a, pth: b}]", "stages.evaluate.texts.0.pth", "stages.evaluate.texts.0.path"),
-    ("stages.write.temprature=1", "stages.write.temprature", "stages.write.temperature"),
+    ("stages.write.temperatures=1", "stages.write.temperatures", "stages.write.temperature"),
 ]
 
 

@@ -63,7 +63,7 @@ class Notes:
 @contextmanager
 def shown_notes(title: str) -> Iterator[Notes]:
     """Notes whose lines and progress appear on this process's terminal while the block runs."""
-    board = ray.remote(Board).options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    board = ray.remote(Board).options(num_cpus=0).remote()
     over = threading.Event()
     thread = threading.Thread(target=_show, args=(board, title, over), daemon=True)
     thread.start()
