@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 
-
 from bitdistill_ray.data.tables import read_rows, read_texts
 from bitdistill_ray.evaluation.candidate import load_candidate
 from bitdistill_ray.evaluation.metric import ModelReport
@@ -19,8 +18,8 @@ from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.stage_config import EvaluateStage, SourceConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
-from bitdistill_ray.stages.notes import Notes
 from bitdistill_ray.stages.corpus import source_of
+from bitdistill_ray.stages.notes import Notes
 
 NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed": "trained"}
 

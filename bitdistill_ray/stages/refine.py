@@ -15,8 +15,8 @@ from bitdistill_ray.runs import StageRecord, provenance, storage_opener
 from bitdistill_ray.stage_config import RefineStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
-from bitdistill_ray.stages.notes import Notes
 from bitdistill_ray.stages.corpus import corpus_of, first_batches
+from bitdistill_ray.stages.notes import Notes
 
 
 @stage("refine")
