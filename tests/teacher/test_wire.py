@@ -94,7 +94,7 @@ def signals(payload: str, dtype: torch.dtype, *, attention: bool) -> TeacherSign
 
 
 def tensors(signals: TeacherSignals) -> dict[str, Tensor]:
-    found = {}
+    found: dict[str, Tensor] = {}
     for part in (signals, signals.topk, signals.attention):
         if part is not None:
             found |= {f.name: v for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
