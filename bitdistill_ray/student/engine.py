@@ -32,6 +32,7 @@ def start_engine(
         [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=stage.learning_rate,
         betas=stage.betas,
+        fused=True,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, stage))
     engine, *_ = deepspeed.initialize(

@@ -32,7 +32,7 @@ from bitdistill_ray.quant import quantize_activation as quantize_activation_torc
 SETS = instruction_sets()["available"]
 FP32_ERROR = 4e-6  # a few hundred fp32 additions
 INT8_ERROR = 5e-7  # one multiply-add per group: the sums themselves are exact
-NF3_LEVEL_ERROR = 2.1e-4  # int8 activations meet NF3's levels as integers over 191 and 243
+NF3_LEVEL_ERROR = 5.4e-4  # int8 activations meet NF3's levels as integers over 191 and 243: .382 as 73/191
 
 
 @pytest.fixture(autouse=True)
