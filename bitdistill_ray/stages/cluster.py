@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import ray
@@ -35,3 +36,15 @@ def _with_threads(
     """Ray gives a task as many threads as CPUs; a task that has the node to itself may use them all."""
     torch.set_num_threads(threads or env.cpu_count())
     return function(context, notes)
+
+
+def interruptible(function: Callable[[], Result]) -> Result:
+    """`function()` in a thread of its own, so that Ctrl-C stays a KeyboardInterrupt of this one.
+
+    For `trainer.fit`, which on the main thread replaces the handler of SIGINT by one that ends the process with
+    status 1 and no word.  The thread ends with the Ray that it waits for.
+    """
+    pool = ThreadPoolExecutor(1, "trainer")
+    outcome = pool.submit(function)
+    pool.shutdown(wait=False)
+    return outcome.result()

@@ -24,6 +24,7 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
+from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor, ProgressBar
@@ -97,7 +98,7 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
     )
     try:
         with ProgressBar(monitor, job.steps, context.name):
-            trainer.fit()
+            interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
         raise refused or user_error(error) or error from None
