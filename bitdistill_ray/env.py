@@ -44,9 +44,15 @@ def private_ray_token() -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
-def patient_threads() -> None:
-    """Let the OpenMP threads of processes started from here sleep while they wait, unless OMP_WAIT_POLICY says else.
+SHARED_CORES = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # a teacher and a student on the same cores else spin in each other's way
+    "MALLOC_ARENA_MAX": "1",  # with the next two: glibc keeps what it freed, instead of giving each large tensor back
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 34),  # to the kernel and faulting it in again (a third of a CPU step)
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+}
 
-    A teacher and a student that share cores otherwise spend much of their time spinning in each other's way.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+def share_cores() -> None:
+    """Settings for the processes started from here that compute on CPUs; what the user has set stays."""
+    for name, value in SHARED_CORES.items():
+        os.environ.setdefault(name, value)

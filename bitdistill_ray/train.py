@@ -51,7 +51,7 @@ def cluster(config: Config) -> Iterator[None]:
 
     if not env.ray_address() and "ray" not in sys.modules:
         env.private_ray_token()
-        env.patient_threads()
+        env.share_cores()
     import ray
 
     if ray.is_initialized():
