@@ -19,4 +19,5 @@ def user_error(error: BaseException) -> BitdistillError | None:
             return found
         seen.append(found)
         pending += [found.__cause__, found.__context__, getattr(found, "cause", None)]
+        pending += getattr(found, "worker_failures", {}).values()  # of Ray Train
     return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -79,7 +80,10 @@ def _show(board: Any, title: str, over: threading.Event) -> None:
     shown, bar = 0, None
     while True:
         last = over.wait(1.0)
-        lines, done, total = ray.get(board.read.remote(shown))
+        try:
+            lines, done, total = ray.get(board.read.remote(shown))
+        except RayError:  # what ended the board ends the stage too, which says so
+            return
         shown += len(lines)
         for line in lines:
             tqdm.write(f"[{title}] {line}")

@@ -26,6 +26,7 @@ from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
+from bitdistill_ray.student.checkpoint import drop_damaged_record, full_disk
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor, ProgressBar
 from bitdistill_ray.student.objective import objective_of
@@ -96,12 +97,14 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
             checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints),
         ),
     )
+    if drop_damaged_record(context.run.storage, context.name):
+        print("Ray Train's record of checkpoints was cut short: going by our own", flush=True)
     try:
         with ProgressBar(monitor, job.steps, context.name):
             interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
-        raise refused or user_error(error) or error from None
+        raise refused or user_error(error) or full_disk(error, context.run.storage) or error from None
     ray.get(monitor.flush.remote())
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
     context.run.storage.delete(f"checkpoints/{context.name}")

@@ -8,6 +8,7 @@ the data ledger travel in DeepSpeed's client state: they are as old as the weigh
 from __future__ import annotations
 
 import errno
+import json
 import tempfile
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,8 +16,13 @@ from typing import Any
 import ray.train
 
 from bitdistill_ray.errors import StorageError
+from bitdistill_ray.storage import Storage
 
 TAG = "state"
+FOLDER = "checkpoints"
+LATEST = "latest.json"
+RAY_RECORD = "checkpoint_manager_snapshot.json"
+MORE_SPACE = "Free some space; the same command continues from the checkpoint before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,31 +33,72 @@ class Position:
     ledger: dict[str, Any] | None
 
 
-def save(engine: Any, position: Position, metrics: dict[str, Any], scratch: str | None) -> None:
+def save(engine: Any, position: Position, *, run: Storage, stage: str) -> None:
     """Save and report a checkpoint; all ranks call it together.
 
     Raises:
         StorageError: there is no space for it.  The checkpoint before it stays.
     """
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+    name = f"step-{position.step:08}"
+    with tempfile.TemporaryDirectory(dir=run.url if run.is_local else None) as folder:
         try:
             engine.save_checkpoint(folder, tag=TAG, client_state={"position": asdict(position)})
+            ray.train.report(
+                {"step": position.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=name,
+            )
         except (OSError, RuntimeError) as error:  # torch's zip writer turns ENOSPC into a RuntimeError
             if not _is_full(error, folder):
                 raise
-            raise StorageError(folder, f"no space left for the checkpoint of step {position.step}",
-                               "Free some; the same command continues from the one before") from error  # fmt: skip
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            raise StorageError(
+                folder, f"no space left for the checkpoint of step {position.step}", MORE_SPACE
+            ) from error
+    if ray.train.get_context().get_world_rank() == 0:
+        run.write_bytes(f"{FOLDER}/{stage}/{LATEST}", json.dumps({"folder": name}).encode())
 
 
-def resume(engine: Any) -> Position:
+def resume(engine: Any, *, run: Storage, stage: str) -> Position:
     """Load the newest checkpoint of this stage, if there is one, and return where it stood."""
-    checkpoint = ray.train.get_checkpoint()
+    checkpoint = ray.train.get_checkpoint() or _own_record(run, stage)
     if checkpoint is None:
         return Position(0, None)
     with checkpoint.as_directory() as folder:
         _, client_state = engine.load_checkpoint(folder, tag=TAG)
     return Position(**client_state["position"])
+
+
+def _own_record(run: Storage, stage: str) -> ray.train.Checkpoint | None:
+    """The checkpoint that `save` finished last, for when Ray Train's own record was lost."""
+    path = f"{FOLDER}/{stage}/{LATEST}"
+    if not run.exists(path):
+        return None
+    folder = run.child(f"{FOLDER}/{stage}/{json.loads(run.read_bytes(path))['folder']}")
+    filesystem, place = folder.arrow_filesystem()
+    return ray.train.Checkpoint(place, filesystem) if folder.exists() else None
+
+
+def drop_damaged_record(run: Storage, stage: str) -> bool:
+    """Remove Ray Train's record of this stage's checkpoints where a full disk cut it short; True if it did.
+
+    Ray writes it in place and refuses to start on half of it; `resume` then goes by the record that `save` made.
+    """
+    path = f"{FOLDER}/{stage}/{RAY_RECORD}"
+    if not run.exists(path):
+        return False
+    try:
+        json.loads(run.read_bytes(path))
+    except ValueError:
+        run.delete(path)
+        return True
+    return False
+
+
+def full_disk(error: Exception, run: Storage) -> StorageError | None:
+    """The StorageError of a failure that says the disk is full, else None."""
+    if "No space left on device" not in str(error):
+        return None
+    return StorageError(run.url, "no space left", MORE_SPACE)
 
 
 def _is_full(error: Exception, folder: str) -> bool:

@@ -142,7 +142,7 @@ class Worker:
         self.job.monitor.step.remote(row)
 
     def _resume(self) -> Position:
-        position = checkpoint.resume(self.engine)
+        position = checkpoint.resume(self.engine, run=self.job.run.storage, stage=self.job.stage_name)
         if self.rank == 0:
             ray.get(self.job.feeder.resume.remote(position.ledger))
             ray.get(self.job.monitor.rewind.remote(position.step))
@@ -156,8 +156,7 @@ class Worker:
 
     def _save(self, step: int) -> None:
         ledger = ray.get(self.job.feeder.state.remote(step - 1))
-        run = self.job.run.storage
-        checkpoint.save(self.engine, Position(step, ledger), {"step": step}, run.url if run.is_local else None)
+        checkpoint.save(self.engine, Position(step, ledger), run=self.job.run.storage, stage=self.job.stage_name)
 
     def _load(self) -> tuple[Any, Any]:
         if self.job.source is None:
