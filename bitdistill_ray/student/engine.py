@@ -27,7 +27,7 @@ def start_engine(
     """Wrap `module` for training; torch.distributed must be initialised (Ray Train has done it)."""
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_REDUCTION] = False
+    without_run_time_builds()
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=stage.learning_rate,
@@ -39,6 +39,11 @@ def start_engine(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=zero_config(stage, student, dtype)
     )
     return engine
+
+
+def without_run_time_builds() -> None:
+    """Keep DeepSpeed from compiling its shared-memory reduction when it starts; call it before DeepSpeed does anything."""
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_REDUCTION] = False
 
 
 def learning_rate(step: int, steps: int, stage: TrainStage) -> float:

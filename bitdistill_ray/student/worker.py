@@ -156,6 +156,8 @@ class Worker:
 
     def _save(self, step: int) -> None:
         ledger = ray.get(self.job.feeder.state.remote(step - 1))
+        if self.rank == 0:
+            ray.get(self.job.monitor.flush.remote())  # before the checkpoint counts, so that a resume finds every row
         checkpoint.save(self.engine, Position(step, ledger), run=self.job.run.storage, stage=self.job.stage_name)
 
     def _load(self) -> tuple[Any, Any]:

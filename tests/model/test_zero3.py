@@ -48,6 +48,10 @@ def rank_main(rank: int, port: int, case: str, folder: str) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
+    from bitdistill_ray.student.engine import without_run_time_builds
+
+    without_run_time_builds()
+
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # zero.Init reads it
     deepspeed.init_distributed(
