@@ -42,7 +42,7 @@ def start_engine(
 
 
 def without_run_time_builds() -> None:
-    """Keep DeepSpeed from compiling its shared-memory reduction when it starts; call it before DeepSpeed does anything."""
+    """Keep DeepSpeed from compiling its shared-memory reduction; call it before DeepSpeed does anything."""
     deepspeed.ops.__compatible_ops__[SHARED_MEMORY_REDUCTION] = False
 
 
