@@ -150,8 +150,9 @@ def test_a_teacher_that_is_killed_costs_no_answer(
     """With requests under way; where it was the only one, Ray starts it again, the same as before."""
     client, asked = client_of(mortals), batches(8)
     before = process_of(mortals.handles[0])
+    os.kill(before, signal.SIGSTOP)  # so that it cannot have answered before it dies
     tickets = [client.ask(wire.encode_batch(batch)) for batch in asked]
-    ray.kill(mortals.handles[0], no_restart=False)
+    os.kill(before, signal.SIGKILL)
     check_answers(client, asked, tickets, source)
     assert client.take_counters()["retries"] > 0
     assert "teacher 0 was lost" in capfd.readouterr().out
