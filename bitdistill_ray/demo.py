@@ -2,8 +2,8 @@
 
 What `make demo` runs.  SmolLM2-135M (from a wheel of the package registry) writes its own training text; its 3-bit
 student is clipped, distilled on a local Ray with one teacher actor and one student worker, packed, measured, served
-over HTTP and asked a question.  About 8 minutes on two cores with bf16 instructions, 14 without; run again, it
-continues where it was.  Overrides are those of the `demo` recipe.
+over HTTP and asked a question.  13 minutes were measured on two cores with AMX
+(docs/LEADERBOARD.md); run again, it continues where it was.  Overrides are those of the `demo` recipe.
 """
 
 from __future__ import annotations

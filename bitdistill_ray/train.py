@@ -1,6 +1,6 @@
 """python -m bitdistill_ray.train [RECIPE] [key=value …] [--plan]    from a teacher to a packed, measured student.
 
-RECIPE is a shipped name (default: demo, about 8 minutes on two CPU cores) or a YAML path, local or `s3://`.  Runs on a
+RECIPE is a shipped name (default: demo, 13 minutes measured on two cores) or a YAML path, local or `s3://`.  Runs on a
 Ray of its own, or, where RAY_ADDRESS is set (`ray job submit -- python -m bitdistill_ray.train …` sets it), on that
 cluster.  `--plan` prints what would happen, with bytes, tokens, GPUs and GiB/s, and starts nothing.  The same command
 again continues a run where it was.
