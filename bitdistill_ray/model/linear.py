@@ -38,13 +38,14 @@ class SubNorm(nn.Module):
 class QuantLinear(nn.Linear):
     """A linear with fake-quantised weights (`spec`), perhaps int8 activations, perhaps a SubLN in front (`norm`).
 
-    `spec` None leaves the weights as they are (a SubLN alone).  `alpha` is the scale of learnable formats.  Made by
-    `quant_linear`, never constructed.
+    `spec` None leaves the weights as they are (a SubLN alone).  `alpha` is the scale of learnable formats.  `baked`: the
+    weight holds the quantised values already (`bake`).  Made by `quant_linear`, never constructed.
     """
 
     spec: QuantSpec | None
     norm: SubNorm | None
     alpha: nn.Parameter | None
+    baked: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype of the input; differentiable in input, weight, gain and alpha."""
@@ -58,7 +59,7 @@ class QuantLinear(nn.Linear):
 
     def quantized_weight(self) -> Tensor:
         """The [N, K] weight that the forward pass multiplies by: dequantised codes, in the dtype of the weight."""
-        if self.spec is None:
+        if self.spec is None or self.baked:
             return self.weight
         return fake_quantize(self.weight, self.spec, alpha=self.alpha)
 
@@ -74,7 +75,7 @@ def quant_linear(linear: nn.Linear) -> QuantLinear:
     if not isinstance(linear, QuantLinear):
         linear.__class__ = QuantLinear
         assert isinstance(linear, QuantLinear)
-        linear.spec = None
+        linear.spec, linear.baked = None, False
         linear.register_module("norm", None)
         linear.register_parameter("alpha", None)
     return linear
@@ -91,6 +92,18 @@ def set_spec(linear: nn.Linear, spec: QuantSpec) -> QuantLinear:
         with whole_parameter(changed.weight), torch.no_grad():
             changed.alpha = nn.Parameter(initial_alpha(changed.weight, spec).to(changed.weight.dtype))
     return changed
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> None:
+    """Put the quantised values in the place of every QuantLinear's latent weight, for good: it only infers from now on.
+
+    Quantising once instead of in each forward pass is what makes a latent student decode at a dense model's speed.
+    """
+    for linear in model.modules():
+        if isinstance(linear, QuantLinear) and not linear.baked:
+            linear.weight = nn.Parameter(linear.quantized_weight(), requires_grad=False)
+            linear.baked = True
 
 
 @contextmanager

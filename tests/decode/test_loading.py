@@ -14,7 +14,7 @@ from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError, PackedError
 from bitdistill_ray.generate import main
-from bitdistill_ray.model.linear import QuantLinear
+from bitdistill_ray.model.linear import QuantLinear, bake
 from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.packed.linear import PackedLinear
@@ -51,6 +51,35 @@ def test_a_packed_student_decodes_as_transformers_generates(folders: dict[str, s
     for prompt, text in zip(prompts, texts, strict=True):
         alone = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9, eos_token_id=-1)
         assert list(text.ids) == alone[0, len(prompt) :].tolist()
+
+
+def test_a_latent_student_writes_what_its_packed_form_writes(tmp_path: Path) -> None:
+    """Trained in bf16: 200 greedy tokens are the same, and the logits within the kernels' rounding."""
+    student = tiny_model("llama").to(torch.bfloat16)
+    quantize_linears(student, QuantSpec(format=Format.TERNARY, group_size=16))
+    save_student(tmp_path / "latent", student, tiny_tokenizer())
+    export_packed(student, tiny_tokenizer(), tmp_path / "packed", provenance={})
+    models = [load_for_decoding(str(tmp_path / kind))[0] for kind in ("latent", "packed")]
+    prompt = torch.tensor([[5, 6, 7, 30, 31]])
+    with torch.no_grad():
+        logits = [model(prompt).logits for model in models]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+    decoders = [TorchDecoder(model, slots=1, slot_tokens=256) for model in models]
+    greedy = Sampling(temperature=0, max_tokens=200)
+    texts = [generate(decoder, prompt.tolist(), greedy, stop_ids=())[0].ids for decoder in decoders]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 200
+
+
+def test_baking_changes_no_value_and_quantises_once() -> None:
+    student = tiny_model("llama")
+    quantize_linears(student, QuantSpec(format=Format.TERNARY, group_size=16))  # twice would shrink its scales
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = student(ids).logits
+        bake(student)
+        bake(student)
+        assert torch.equal(student(ids).logits, before)
 
 
 def test_a_damaged_packed_student_is_never_taken_for_a_plain_model(folders: dict[str, str], tmp_path: Path) -> None:
