@@ -2,8 +2,9 @@
 
 The memory of distillation is the LM head, not the model: at 16k tokens and a vocabulary of 50k the fp32 logits of both
 sides with their softmaxes take 18 GiB, chunked by 2048 tokens 1.3.  Each chunk goes through the student's head, the
-teacher's frozen head and all terms under non-reentrant checkpointing, which keeps the chunk's hidden states and
-computes the rest again in the backward pass.
+teacher's frozen head and all terms, and makes its gradient at once (`eager_gradient.py`).  Where ZeRO-3 has sharded the
+head, chunks are checkpointed instead (non-reentrant): the hidden states are kept, the rest is computed again in the
+backward pass, inside the hooks that gather the head.
 
 - The head is *called as a module* per chunk, never read by its weight: under ZeRO-3 the hooks of the module gather it.
 - Shapes are static: positions without a label stay in their chunk and count 0, so that all ranks make the same number
@@ -15,14 +16,16 @@ computes the rest again in the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitdistill_ray.core import AttentionStates, TeacherSignals
 from bitdistill_ray.errors import ConfigError, ModelError, TeacherError
+from bitdistill_ray.losses.eager_gradient import weighted_sums
 from bitdistill_ray.losses.objective import Loss, Objective, Scope
 from bitdistill_ray.losses.reduction import Totals, divide, valid_sum
 from bitdistill_ray.losses.relation import attention_relation_loss
@@ -46,9 +49,20 @@ def chunk_sums(
     used_n = present_n | target_n if objective.needs_padding else target_n
     student_nV = student_head(blank(hidden_nD, used_n))
     teacher = None if view_of is None else view_of(used_n)
-    values = term_values(Comparison(student_nV, teacher, labels_n, gamma), objective.terms)
-    scopes = [target_n if term.scope is Scope.TARGETS else present_n for term in objective.terms]
+    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
+    return compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
+
+
+def compared_sums(tokens: Comparison, present_n: Tensor, objective: Objective) -> Tensor:
+    """`chunk_sums` after the heads: logits in, sums out; one graph, which a GPU reads the logits for only a few times."""
+    values = term_values(tokens, objective.terms)
+    scopes = [tokens.labels_n >= 0 if term.scope is Scope.TARGETS else present_n for term in objective.terms]
     return torch.stack([valid_sum(v, s) for v, s in zip(values, scopes, strict=True)])
+
+
+@cache
+def _compiled_comparison() -> Callable[[Comparison, Tensor, Objective], Tensor]:
+    return torch.compile(compared_sums, dynamic=False)
 
 
 def chunked_loss(
@@ -85,12 +99,18 @@ def chunked_loss(
     parts: dict[str, Tensor] = {}
     value = hidden_BTD.new_zeros((), dtype=torch.float32)
     if objective.terms:
-        sums = _token_sums(
-            hidden_BTD, student_head, signals, teacher_head, labels_BT, present_BT, objective, chunk_tokens, gamma
-        )
-        for term, total in zip(objective.terms, sums.unbind(), strict=True):
-            part = divide(total, totals.divisor(term.scope, objective.reduction))
-            parts[term.name], value = part.detach(), value + term.weight * part
+        divisors = [totals.divisor(term.scope, objective.reduction) for term in objective.terms]
+        dtype = torch.promote_types(hidden_BTD.dtype, torch.float32)
+        factors = [
+            divide(torch.full((), term.weight, dtype=dtype, device=value.device), divisor)
+            for term, divisor in zip(objective.terms, divisors, strict=True)
+        ]
+        value, sums = _token_sums(
+            hidden_BTD, student_head, signals, teacher_head, labels_BT, present_BT, objective, chunk_tokens, gamma,
+            torch.stack(factors),
+        )  # fmt: skip
+        for term, total, divisor in zip(objective.terms, sums.unbind(), divisors, strict=True):
+            parts[term.name] = divide(total, divisor)
     if objective.relation is not None:
         if student_attention is None:
             raise ModelError("attention relations", "no attention states of the student", "Tap the student's layer")
@@ -119,26 +139,39 @@ def _token_sums(
     objective: Objective,
     chunk_tokens: int,
     gamma: float | Tensor | None,
-) -> Tensor:
-    """Sums over all tokens of each term, [terms]."""
-    hidden_chunks = torch.split(hidden_BTD.flatten(0, 1), chunk_tokens)  # split: one concatenation in the backward pass
-    views: list[ViewMaker | None] = [None] * len(hidden_chunks)
+    factors_S: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """(the weighted sum of the terms, with gradient; the sum over all tokens of each term [S], detached)."""
+    hidden_nD = hidden_BTD.flatten(0, 1)
+    views: Sequence[ViewMaker | None]
+    sizes = [len(chunk_n) for chunk_n in torch.split(labels_BT.flatten(), chunk_tokens)]
     if objective.needs_distribution and signals is not None:
-        views = [*teacher_views(signals, teacher_head, tokens=labels_BT.numel(), chunk_tokens=chunk_tokens)]
-    sums: Callable[..., Tensor] = chunk_sums
-    chunks = zip(
-        hidden_chunks,
-        views,
-        torch.split(labels_BT.flatten(), chunk_tokens),
-        torch.split(present_BT.flatten(), chunk_tokens),
-        strict=True,
-    )
-    return torch.stack(
-        [
-            checkpoint(
-                sums, h, student_head, v, labels_n, present_n, objective, gamma,
-                use_reentrant=False, preserve_rng_state=False,
-            )
-            for h, v, labels_n, present_n in chunks
+        views = teacher_views(signals, teacher_head, tokens=labels_BT.numel(), chunk_tokens=chunk_tokens)
+    else:
+        views = [None] * len(sizes)
+    sums = [
+        partial(chunk_sums, student_head=student_head, view_of=v, labels_n=labels_n, present_n=present_n,
+                objective=objective, gamma=gamma)
+        for v, labels_n, present_n in zip(
+            views, torch.split(labels_BT.flatten(), chunk_tokens), torch.split(present_BT.flatten(), chunk_tokens),
+            strict=True,
+        )
+    ]  # fmt: skip
+    parameters = _trained_parameters(student_head)
+    if parameters is None or not (torch.is_grad_enabled() and hidden_BTD.requires_grad):
+        chunks = torch.split(hidden_nD, chunk_tokens)  # split: one concatenation in the backward pass
+        made = [
+            checkpoint(function, h, use_reentrant=False, preserve_rng_state=False)
+            for function, h in zip(sums, chunks, strict=True)
         ]
-    ).sum(0)  # fmt: skip
+        total_S = torch.stack(made).sum(0)
+        return (total_S * factors_S).sum(), total_S.detach()
+    return weighted_sums(hidden_nD, parameters, list(zip(sizes, sums, strict=True)), factors_S)
+
+
+def _trained_parameters(student_head: Head) -> list[nn.Parameter] | None:
+    """The head's parameters that learn; None where they cannot be known or ZeRO-3 has sharded them."""
+    if not isinstance(student_head, nn.Module):
+        return None
+    parameters = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
+    return None if any(hasattr(parameter, "ds_id") for parameter in parameters) else parameters

@@ -24,6 +24,7 @@ from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.errors import BitdistillError, ModelError
 from bitdistill_ray.hardware import compute_dtype
 from bitdistill_ray.losses.reduction import Totals
+from bitdistill_ray.model.acceleration import accelerate
 from bitdistill_ray.model.heads import FrozenHead
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import load_student, save_student
@@ -75,7 +76,7 @@ class Worker:
         self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         if self.rank == 0:
             self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
-                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
+                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}; {self.speed}")  # fmt: skip
 
     def run(self) -> None:
         """From the newest checkpoint to the last step; then publish the weights."""
@@ -189,6 +190,8 @@ class Worker:
         if self.job.relation_layer is not None:
             teacher_layers = ray.get(self.job.teachers[0].layers.remote())
             layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
+        tapped = () if layer is None else (layer,)
+        self.speed = accelerate(self.model, self.device, zero=self.job.config.student.zero, tapped=tapped)
         return LossModule(
             self.model,
             objective_of(self.job.loss),

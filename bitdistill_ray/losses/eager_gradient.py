@@ -1,0 +1,65 @@
+"""The gradient of a sum over chunks, made chunk by chunk in the forward pass: no chunk is ever computed twice.
+
+Checkpointing forgets a chunk's logits and computes both heads again in the backward pass, which costs a third more
+products with the vocabulary.  The objective is linear in its sums, and the factor of each sum is known before the first
+chunk (weights and `Totals`), so each chunk can make its gradient at once, while its logits are alive (as Liger's fused
+losses do, here for any objective).  What stays is one gradient of the hidden states and one, in at least fp32, of the head.
+
+Not for ZeRO-3, whose parameters are whole only inside their module's own forward and backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ChunkSums = Callable[[Tensor], Tensor]
+"""From the hidden states of a chunk [n, D] to its sums [S]; everything else it looks at is its own."""
+
+
+def weighted_sums(
+    hidden_nD: Tensor, parameters: Sequence[Tensor], chunks: Sequence[tuple[int, ChunkSums]], factors_S: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(sum of `factors_S` times the sums of all chunks, with gradient; those sums [S], detached), in the dtype of `factors_S`.
+
+    hidden_nD   the hidden states of all chunks, in order
+    parameters  what the chunks' functions multiply by and what wants a gradient: the head's weight, perhaps its bias
+    chunks      tokens and function of each chunk
+    """
+    value, sums_S = _WeightedSums.apply(hidden_nD, factors_S, tuple(chunks), *parameters)  # type: ignore[no-untyped-call]
+    return value, sums_S
+
+
+class _WeightedSums(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_nD: Tensor, factors_S: Tensor, chunks: tuple[tuple[int, ChunkSums], ...], *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        grad_nD = torch.empty_like(hidden_nD)
+        grads = [torch.zeros_like(parameter, dtype=factors_S.dtype) for parameter in parameters]
+        total_S, begin = torch.zeros_like(factors_S), 0
+        for tokens, sums_of in chunks:
+            rows = slice(begin, begin + tokens)
+            with torch.enable_grad():
+                chunk_nD = hidden_nD[rows].detach().requires_grad_()
+                sums_S = sums_of(chunk_nD)
+                chunk_grad_nD, *made = torch.autograd.grad((sums_S * factors_S).sum(), (chunk_nD, *parameters))
+            grad_nD[rows] = chunk_grad_nD
+            for grad, new in zip(grads, made, strict=True):
+                grad += new
+            total_S += sums_S.detach()
+            begin += tokens
+            del sums_S, made, chunk_grad_nD
+        kept = [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]
+        ctx.save_for_backward(grad_nD, *kept)
+        ctx.mark_non_differentiable(total_S)
+        return (total_S * factors_S).sum(), total_S
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grad_nD, *grads = ctx.saved_tensors
+        scale = upstream[0]
+        return (grad_nD * scale.to(grad_nD.dtype), None, None, *(grad * scale.to(grad.dtype) for grad in grads))

@@ -1,0 +1,50 @@
+"""A student made fast on a GPU: attention that skips what the mask forbids, and decoder layers compiled.
+
+    attention   transformers' flex_attention, which takes every family's mask (packed documents, sliding windows, soft
+                caps) as a block mask; sdpa with an explicit mask falls back to a kernel that multiplies masked blocks
+    layers      torch.compile, layer by layer: fake quantisation, norms and RoPE fuse into a few kernels, and one
+                compiled layer serves them all
+
+On CPUs nothing is changed: there exact resume and the teachers' numerics matter, and compiling costs a minute.  Nor
+under ZeRO-3, whose hooks gather parameters in the middle of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.utils import is_torch_flex_attn_available
+
+from bitdistill_ray.model.families import attention_modules
+from bitdistill_ray.model.taps import FLEX
+
+
+def accelerate(model: nn.Module, device: torch.device, *, zero: int, tapped: Collection[int] = ()) -> str:
+    """Change `model` in place, before an engine wraps it; returns what was done and why, to be printed.
+
+    `tapped`: layers whose attention states are read; they stay uncompiled, since a graph cannot hand them out.
+    """
+    if device.type != "cuda":
+        return "attention by sdpa, layers not compiled: no GPU"
+    config: Any = model.config
+    said = "attention by sdpa: this torch has no flex_attention"
+    if is_torch_flex_attn_available():  # type: ignore[no-untyped-call]
+        config._attn_implementation = FLEX
+        said = "attention by flex_attention, which skips what packing masks out"
+    if zero == 3:
+        return f"{said}; layers not compiled: ZeRO-3 gathers inside them"
+    layers = decoder_layers(model)
+    chosen = [layer for number, layer in enumerate(layers) if number not in {t % len(layers) for t in tapped}]
+    for layer in chosen:
+        layer.compile()
+    return f"{said}; {len(chosen)} of {len(layers)} layers compiled (the first step takes about a minute)"
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold one attention each, in order."""
+    names = {id(module): name for name, module in model.named_modules()}
+    parents = [names[id(attention)].rpartition(".")[0] for attention in attention_modules(model)]
+    return [cast(nn.Module, model.get_submodule(name)) for name in parents]
