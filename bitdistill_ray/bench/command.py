@@ -57,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
     train = kinds.add_parser("train", parents=[shared])
     train.add_argument("--model", metavar="SOURCE", help="teacher and student (default: a random one)")
     train.add_argument("--formats", default="nf3", help="FORMAT[:a8|:a16], … of the student (default nf3)")
+    train.add_argument(
+        "--size",
+        choices=("small", "0.6b"),
+        help="of the random model, the step and the loss; 0.6b: Qwen3-0.6B's shape, 8 x 2048 tokens (default on a GPU)",
+    )
     train.set_defaults(run=_train)
     return command
 
@@ -133,4 +138,5 @@ def _train(options: argparse.Namespace) -> list[Row]:
         from bitdistill_ray.bench import kernels, train
 
         specs = [kernels.parse_format(name) for name in options.formats.split(",")]
-        return train.measure(options.model, specs, machine)
+        small = (options.size or ("0.6b" if options.device == "cuda" else "small")) == "small"
+        return train.measure(options.model, specs, machine, train.SMALL if small else train.LARGE)

@@ -16,7 +16,6 @@ from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.packed.model import export_packed
 
 END = "<|end|>"
-HEAD_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +26,9 @@ class Size:
     layers: int = 4
     vocabulary: int = 8192
     context: int = 1024
+    heads: int | None = None
+    """Query heads; None: one for each 64 of the hidden size."""
+    head_size: int = 64
 
     def __str__(self) -> str:
         return f"random llama, {self.layers} layers of {self.hidden}"
@@ -34,7 +36,7 @@ class Size:
 
 def random_model(size: Size) -> Any:
     """A random fp32 causal LM, in eval mode."""
-    heads = max(2, size.hidden // HEAD_SIZE)
+    heads = size.heads or max(2, size.hidden // size.head_size)
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
@@ -42,6 +44,7 @@ def random_model(size: Size) -> Any:
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
+        head_dim=size.head_size,
         max_position_embeddings=size.context,
         tie_word_embeddings=True,
         bos_token_id=None,

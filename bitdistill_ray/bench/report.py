@@ -23,6 +23,7 @@ class Unit(StrEnum):
     GB_S = "GB/s"
     GIB_S = "GiB/s"
     GOPS = "GOPS"  # 2 M N K / 1e9 / s
+    TFLOP_S = "TFLOP/s"
     TOKENS_S = "tokens/s"
     MICROSECONDS = "us"
     MILLISECONDS = "ms"

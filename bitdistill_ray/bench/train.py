@@ -1,17 +1,21 @@
 """A training step of the real worker: what the live teacher costs it, what the quantisers do, what the chunks save.
 
-    step    with a live teacher on the wire, limited by the same step with the answers already in memory
-            with quantised linears, beside the same step of the plain model
-    loss    in chunks of tokens, beside all tokens at once: peak memory and time
+    step        with a live teacher on the wire (hidden states and Q, K, V of the last layer), limited by the same step
+                with the answers already in memory
+                with quantised linears, beside the same step of the plain model
+    arithmetic  of the step, limited by the device's peak where it is known (the share is the MFU)
+    loss        in chunks of tokens, beside all tokens at once: peak memory and time
 
 Steps run inside Ray Train, under DeepSpeed, as in a run; only the tokens are random.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -41,30 +45,48 @@ from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import RunFolder
-from bitdistill_ray.stage_config import DistillStage, LossConfig, SourceConfig
+from bitdistill_ray.stage_config import DistillStage, LossConfig, RelationConfig, SourceConfig
+from bitdistill_ray.student.flops import TERA, Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.teacher.pool import TeacherPool
 
-SIZE = Size(hidden=256, layers=4, vocabulary=4096)
-SEQUENCES, TOKENS = 4, 64  # of one step
 WARM_UP = 3  # steps
-STAGE, PLAIN, MEASURED = "distill", "plain", "measured"
-LOSS_TOKENS, LOSS_CHUNK, LOSS_HIDDEN, LOSS_VOCABULARY = 512, 64, 256, 16384
+STAGE, PLAIN, MEASURED, RELATION = "distill", "plain", "measured", "hidden + Q, K, V"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is measured: the random model, a step of `sequences` x `tokens`, a loss alone of `loss_tokens`."""
+
+    model: Size
+    sequences: int
+    tokens: int
+    loss_tokens: int
+    loss_chunk: int
+    loss_hidden: int
+    loss_vocabulary: int
+
+
+SMALL = Load(model=Size(hidden=256, layers=4, vocabulary=4096), sequences=4, tokens=64,
+             loss_tokens=512, loss_chunk=64, loss_hidden=256, loss_vocabulary=16384)  # fmt: skip
+LARGE = Load(model=Size(hidden=1024, layers=28, vocabulary=151_936, context=2048, heads=16, head_size=128),
+             sequences=8, tokens=2048,
+             loss_tokens=8192, loss_chunk=1024, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
 
 Measured = dict[str, dict[str, float]]
-"""Seconds of a step, `live` and from `memory`, by the name of the job."""
+"""Seconds of a step, `live` and from `memory`, and `flops`, the operations of a step, by the name of the job."""
 
 
-def measure(source: str | None, specs: Sequence[QuantSpec], machine: Machine) -> list[Row]:
+def measure(source: str | None, specs: Sequence[QuantSpec], machine: Machine, load: Load = SMALL) -> list[Row]:
     """Rows of one student in each format, taught by the plain model it came from: `source`, or a random one."""
     with tempfile.TemporaryDirectory() as folder:
-        source = source or save_random(Path(folder) / "teacher", SIZE)
-        config = _config(source, machine, folder)
+        source = source or save_random(Path(folder) / "teacher", load.model)
+        config = _config(source, machine, folder, load)
         pool = TeacherPool.start(source, config.teacher, config.storage)
-        feeder = ray.remote(RandomFeeder).options(num_cpus=0).remote(SEQUENCES, TOKENS, _vocabulary(source))
+        feeder = ray.remote(RandomFeeder).options(num_cpus=0).remote(load.sequences, load.tokens, _vocabulary(source))
         monitor = ray.remote(Monitor).options(num_cpus=0).remote(RunFolder(config).storage, STAGE)
         try:
             jobs = _jobs(source, specs, config, pool, feeder=feeder, monitor=monitor)
@@ -75,19 +97,20 @@ def measure(source: str | None, specs: Sequence[QuantSpec], machine: Machine) ->
                 ray.kill(actor)
     threads = machine.threads if machine.device == "cpu" else None
     rows = [row for spec in specs for row in _step_rows(spec, measured[_name(spec)], measured[PLAIN], threads)]
-    return rows + _loss_rows(torch.device(machine.device), threads)
+    relation = _live_row(specs[0], RELATION, measured[RELATION], threads)
+    return [relation, *rows, *_loss_rows(load, torch.device(machine.device), threads)]
 
 
-def _config(source: str, machine: Machine, folder: str) -> Config:
-    stage = DistillStage(batch_sequences=SEQUENCES, sources=(SourceConfig(path="random tokens"),),
+def _config(source: str, machine: Machine, folder: str, load: Load) -> Config:
+    stage = DistillStage(batch_sequences=load.sequences, sources=(SourceConfig(path="random tokens"),),
                          loss=LossConfig(forward_kl=1.0))  # fmt: skip
     base = machine.config
     return base.model_copy(
         update={
             "run": f"{folder}/run",
             "model": base.model.model_copy(update={"teacher": source}),
-            "data": base.data.model_copy(update={"sequence_length": TOKENS}),
-            "student": base.student.model_copy(update={"micro_batch": SEQUENCES}),
+            "data": base.data.model_copy(update={"sequence_length": load.tokens}),
+            "student": base.student.model_copy(update={"micro_batch": load.sequences}),
             "stages": {STAGE: stage},
         }
     )
@@ -104,7 +127,7 @@ def _name(spec: QuantSpec) -> str:
 def _jobs(
     source: str, specs: Sequence[QuantSpec], config: Config, pool: TeacherPool, **actors: Any
 ) -> dict[str, TrainJob]:
-    """The job of each format, and of the plain model."""
+    """The job of each format, of the plain model, and of the first format with relations of the last layer."""
     run = RunFolder(config)
     job = partial(
         TrainJob,
@@ -124,7 +147,12 @@ def _jobs(
         with run.publish(f"students/{_name(spec)}") as published:
             save_student(published / "latent", model, tokenizer)
         jobs[_name(spec)] = job(source=f"students/{_name(spec)}/latent", model_source=None)
-    return jobs
+    relations = LossConfig(forward_kl=1.0, relation=RelationConfig(weight=1.0, heads=None))
+    layers = load_model(source, dtype=torch.bfloat16)[0].config.num_hidden_layers
+    return {
+        RELATION: dataclasses.replace(jobs[_name(specs[0])], loss=relations, relation_layer=layers - 1),
+        **jobs,
+    }
 
 
 def _on_a_worker(
@@ -157,8 +185,20 @@ def measure_steps(settings: Mapping[str, Mapping[str, TrainJob]]) -> None:
     live = {name: _live_s(worker) for name, worker in workers.items()}
     remembered = {name: _remembering(worker) for name, worker in workers.items()}
     memory = seconds_per_call(remembered, device=device)
-    row = {"step": 0, MEASURED: {name: {"live": live[name], "memory": memory[name]} for name in workers}}
+    flops = {name: _step_flops(worker) for name, worker in workers.items()}
+    row = {
+        "step": 0,
+        MEASURED: {name: {"live": live[name], "memory": memory[name], **flops[name]} for name in workers},
+    }
     ray.get(next(iter(workers.values())).job.monitor.step.remote(row))
+
+
+def _step_flops(worker: Worker) -> dict[str, float]:
+    """Operations of a step of this worker, and its device's peak where that is known."""
+    length, sequences = worker.job.config.data.sequence_length, worker.job.stage.batch_sequences
+    cost = Arithmetic.of(worker.model, length=length, device=worker.device, workers=1)
+    known = {} if cost.peak is None else {"peak": cost.peak}
+    return {"flops": cost.token_flops * sequences * length, **known}
 
 
 def _live_s(worker: Worker) -> float:
@@ -186,30 +226,39 @@ def _remembering(worker: Worker) -> Any:
     return lambda: worker.step(micros, lambda arrays, _: answers[id(arrays)])
 
 
+def _live_row(spec: QuantSpec, what: str, measured: Mapping[str, float], threads: int | None) -> Row:
+    return Row(case=f"training step, live teacher, {what}", format=spec.format.value, threads=threads, metric="step",
+               unit=Unit.MILLISECONDS, value=measured["live"] * 1e3, limit=measured["memory"] * 1e3,
+               limit_is="the same step with the teacher's answers already in memory")  # fmt: skip
+
+
 def _step_rows(
     spec: QuantSpec, measured: Mapping[str, float], plain: Mapping[str, float], threads: int | None
 ) -> list[Row]:
     shared: dict[str, Any] = {
+        "case": "training step, answers in memory",
         "format": spec.format.value,
         "threads": threads,
-        "metric": "step",
-        "unit": Unit.MILLISECONDS,
     }
+    seconds, peak = measured["memory"], measured.get("peak")
     return [
-        Row(**shared, case="training step, live teacher", value=measured["live"] * 1e3, limit=measured["memory"] * 1e3,
-            limit_is="the same step with the teacher's answers already in memory"),
-        Row(**shared, case="training step, answers in memory", value=measured["memory"] * 1e3,
-            baseline=plain["memory"] * 1e3, baseline_is="the same step of the model that is not quantised"),
+        _live_row(spec, "hidden", measured, threads),
+        Row(**shared, metric="step", unit=Unit.MILLISECONDS, value=seconds * 1e3, baseline=plain["memory"] * 1e3,
+            baseline_is="the same step of the model that is not quantised"),
+        Row(**shared, metric="arithmetic", unit=Unit.TFLOP_S, value=measured["flops"] / seconds / TERA,
+            limit=None if peak is None else peak / TERA, limit_is="dense bf16 peak of the data sheet",
+            baseline=plain["flops"] / plain["memory"] / TERA, baseline_is="the step that is not quantised"),
     ]  # fmt: skip
 
 
-def _loss_rows(device: torch.device, threads: int | None) -> list[Row]:
-    """Forward and backward pass of the loss alone, chunked and whole."""
-    heads = [nn.Linear(LOSS_HIDDEN, LOSS_VOCABULARY, bias=False, device=device) for _ in range(2)]
+def _loss_rows(load: Load, device: torch.device, threads: int | None) -> list[Row]:
+    """Forward and backward pass of the loss alone, chunked and whole; on a GPU in bf16."""
+    placed: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
+    heads = [nn.Linear(load.loss_hidden, load.loss_vocabulary, bias=False, **placed) for _ in range(2)]
     heads[1].requires_grad_(requires_grad=False)
-    shape = (4, LOSS_TOKENS // 4, LOSS_HIDDEN)
-    student_BTD, teacher_BTD = (torch.randn(shape, device=device) for _ in range(2))
-    labels_BT = torch.randint(LOSS_VOCABULARY, shape[:2], device=device)
+    shape = (4, load.loss_tokens // 4, load.loss_hidden)
+    student_BTD, teacher_BTD = (torch.randn(shape, **placed) for _ in range(2))
+    labels_BT = torch.randint(load.loss_vocabulary, shape[:2], device=device)
     signals = TeacherSignals(sequence_ids=("random",) * shape[0], hidden_BTD=teacher_BTD)
     objective = Objective(terms=(Term(kind=TermKind.FORWARD_KL),))
 
@@ -219,12 +268,12 @@ def _loss_rows(device: torch.device, threads: int | None) -> list[Row]:
         loss = chunked_loss(hidden_BTD, heads[0], signals, heads[1], labels_BT, objective, chunk_tokens=chunk_tokens)
         loss.value.backward()  # type: ignore[no-untyped-call]
 
-    chunked, whole = partial(loss, LOSS_CHUNK), partial(loss, LOSS_TOKENS)
+    chunked, whole = partial(loss, load.loss_chunk), partial(loss, load.loss_tokens)
     times = seconds_per_call({"chunked": chunked, "whole": whole}, device=device, windows=5)
     shared: dict[str, Any] = {
-        "case": f"loss of {LOSS_TOKENS} tokens in chunks of {LOSS_CHUNK}",
+        "case": f"loss of {load.loss_tokens} tokens in chunks of {load.loss_chunk}",
         "threads": threads,
-        "baseline_is": f"all {LOSS_TOKENS} tokens at once, vocabulary {LOSS_VOCABULARY}",
+        "baseline_is": f"all {load.loss_tokens} tokens at once, vocabulary {load.loss_vocabulary}",
     }
     return [
         Row(**shared, metric="peak memory", unit=Unit.MIB, value=peak_bytes(chunked, device) / 2**20,

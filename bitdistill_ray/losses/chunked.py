@@ -54,7 +54,7 @@ def chunk_sums(
 
 
 def compared_sums(tokens: Comparison, present_n: Tensor, objective: Objective) -> Tensor:
-    """`chunk_sums` after the heads: logits in, sums out; one graph, which a GPU reads the logits for only a few times."""
+    """`chunk_sums` after the heads: logits in, sums out; compiled, a GPU reads the logits only a few times."""
     values = term_values(tokens, objective.terms)
     scopes = [tokens.labels_n >= 0 if term.scope is Scope.TARGETS else present_n for term in objective.terms]
     return torch.stack([valid_sum(v, s) for v, s in zip(values, scopes, strict=True)])

@@ -3,7 +3,8 @@
 Checkpointing forgets a chunk's logits and computes both heads again in the backward pass, which costs a third more
 products with the vocabulary.  The objective is linear in its sums, and the factor of each sum is known before the first
 chunk (weights and `Totals`), so each chunk can make its gradient at once, while its logits are alive (as Liger's fused
-losses do, here for any objective).  What stays is one gradient of the hidden states and one, in at least fp32, of the head.
+losses do, here for any objective).  What stays is one gradient of the hidden states and one, in at least fp32, of the
+head.
 
 Not for ZeRO-3, whose parameters are whole only inside their module's own forward and backward pass.
 """
@@ -23,7 +24,7 @@ ChunkSums = Callable[[Tensor], Tensor]
 def weighted_sums(
     hidden_nD: Tensor, parameters: Sequence[Tensor], chunks: Sequence[tuple[int, ChunkSums]], factors_S: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(sum of `factors_S` times the sums of all chunks, with gradient; those sums [S], detached), in the dtype of `factors_S`.
+    """(sum of `factors_S` times the sums of all chunks, with gradient; those sums [S], detached), in factors_S's dtype.
 
     hidden_nD   the hidden states of all chunks, in order
     parameters  what the chunks' functions multiply by and what wants a gradient: the head's weight, perhaps its bias

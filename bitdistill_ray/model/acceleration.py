@@ -12,7 +12,7 @@ under ZeRO-3, whose hooks gather parameters in the middle of a layer.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def accelerate(model: nn.Module, device: torch.device, *, zero: int, tapped: Col
         return "attention by sdpa, layers not compiled: no GPU"
     config: Any = model.config
     said = "attention by sdpa: this torch has no flex_attention"
-    if is_torch_flex_attn_available():  # type: ignore[no-untyped-call]
+    if is_torch_flex_attn_available():
         config._attn_implementation = FLEX
         said = "attention by flex_attention, which skips what packing masks out"
     if zero == 3:
@@ -47,4 +47,4 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The modules that hold one attention each, in order."""
     names = {id(module): name for name, module in model.named_modules()}
     parents = [names[id(attention)].rpartition(".")[0] for attention in attention_modules(model)]
-    return [cast(nn.Module, model.get_submodule(name)) for name in parents]
+    return [model.get_submodule(name) for name in parents]

@@ -38,8 +38,8 @@ class SubNorm(nn.Module):
 class QuantLinear(nn.Linear):
     """A linear with fake-quantised weights (`spec`), perhaps int8 activations, perhaps a SubLN in front (`norm`).
 
-    `spec` None leaves the weights as they are (a SubLN alone).  `alpha` is the scale of learnable formats.  `baked`: the
-    weight holds the quantised values already (`bake`).  Made by `quant_linear`, never constructed.
+    `spec` None leaves the weights as they are (a SubLN alone).  `alpha` is the scale of learnable formats.  `baked`:
+    the weight holds the quantised values already (`bake`).  Made by `quant_linear`, never constructed.
     """
 
     spec: QuantSpec | None

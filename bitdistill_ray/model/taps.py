@@ -2,7 +2,8 @@
 
 transformers lets one register attention functions by name.  Ours are sdpa's and flex_attention's own, which first hand
 the states to whoever listens at that layer; registered with the same mask builder, so the masks (causal, packed,
-sliding) are unchanged.  This sees exactly what attention sees, in every family: after RoPE and any q/k norm, K and V before they are repeated.
+sliding) are unchanged.  This sees exactly what attention sees, in every family: after RoPE and any q/k norm, K and V
+before they are repeated.
 
 The states are part of the autograd graph.  Under activation checkpointing (non-reentrant) the recomputation in the
 backward pass is not recorded, so what was tapped stays what the loss was computed from.

@@ -76,7 +76,8 @@ class Worker:
         self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         if self.rank == 0:
             self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
-                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}; {self.speed}")  # fmt: skip
+                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
+            self._say(f"student: {self.speed}")
 
     def run(self) -> None:
         """From the newest checkpoint to the last step; then publish the weights."""
