@@ -29,7 +29,7 @@ from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
 
 DONE = "done.json"
-RESOURCES = ("teacher", "student", "storage", "run", "stages")  # how and where a run computes, not what
+RESOURCES = ("teacher", "student", "storage", "run", "stages", "monitor")  # how and where a run computes, not what
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ LONGEST_DRIVER = 120
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "env"}),
     frozenset({"core"}),
-    frozenset({"config", "stage_config"}),
+    frozenset({"config", "stage_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data"}),

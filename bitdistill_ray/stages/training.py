@@ -27,8 +27,9 @@ from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.student.checkpoint import drop_damaged_record, full_disk
+from bitdistill_ray.student.display import ProgressBar
 from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.monitor import Monitor, ProgressBar
+from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.worker import train_worker
 from bitdistill_ray.teacher.pool import TeacherPool
@@ -100,7 +101,8 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
     if drop_damaged_record(context.run.storage, context.name):
         print("Ray Train's record of checkpoints was cut short: going by our own", flush=True)
     try:
-        with ProgressBar(monitor, job.steps, context.name):
+        every_s = job.config.monitor.line_every_s
+        with ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
             interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())

@@ -1,4 +1,5 @@
-"""What a run looks like from outside: one row for each optimiser step, in `metrics.jsonl` and on the terminal.
+"""What a run looks like from outside: one row for each optimiser step, in `metrics.jsonl`
+(and on the terminal: `display.py`).
 
 `Monitor` is an actor that the driver owns, so that rows survive a student that dies.  A student that resumes from a
 checkpoint first takes back the rows that it is about to repeat.
@@ -7,12 +8,8 @@ checkpoint first takes back the rows that it is about to repeat.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from typing import Any
-
-import ray
-from tqdm import tqdm
 
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.storage import Storage
@@ -66,42 +63,3 @@ class Monitor:
     def refusal(self) -> BitdistillError | None:
         """The error that `refuse` was given."""
         return self.refused
-
-
-class ProgressBar:
-    """Shows a Monitor's rows on the terminal while the driver waits for the trainer."""
-
-    def __init__(self, monitor: Any, steps: int, title: str) -> None:
-        self.monitor, self.steps, self.title = monitor, steps, title
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> ProgressBar:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        shown = 0
-        with tqdm(total=self.steps, desc=self.title, unit="step", mininterval=1.0) as bar:
-            while True:
-                last = self.stopped.wait(1.0)
-                lines = ray.get(self.monitor.lines.remote(since=shown))
-                shown += len(lines)
-                for line in lines:
-                    bar.write(f"[{self.title}] {line}")
-                rows = ray.get(self.monitor.own_rows.remote(since=bar.n))
-                if rows:
-                    bar.set_postfix_str(headline(rows[-1]), refresh=False)
-                    bar.update(rows[-1]["step"] + 1 - bar.n)
-                if last:
-                    return
-
-
-def headline(row: Row) -> str:
-    """The figures of one row that a person watches."""
-    waits = f"wait teacher {row['teacher_wait_s']:.2f}s data {row['data_wait_s']:.2f}s"
-    return f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s, {waits}"

@@ -32,6 +32,7 @@ from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student import checkpoint
 from bitdistill_ray.student.checkpoint import Position
 from bitdistill_ray.student.engine import start_engine
+from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.module import LossModule
@@ -72,6 +73,8 @@ class Worker:
         if student.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+        length = job.config.data.sequence_length
+        self.arithmetic = Arithmetic.of(self.model, length=length, device=self.device, workers=self.ranks)
         self.client = self._client()
         self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         if self.rank == 0:
@@ -133,6 +136,7 @@ class Worker:
             "tokens": int(values[-1]),
             "seconds": seconds,
             "tokens_per_s": values[-1] / seconds,
+            "mfu": self.arithmetic.mfu(values[-1] / seconds),
             "data_wait_s": inbox.data_wait_s,
             **waits,
         }
