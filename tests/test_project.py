@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data"}),
     frozenset({"student", "evaluation", "plan"}),
+    frozenset({"report"}),
     frozenset({"stages"}),
 )
 # What computes or stores knows tensors, specs and bytes, never the configuration of a run.
