@@ -34,7 +34,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config", "stage_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
-    frozenset({"decode", "teacher", "data"}),
+    frozenset({"decode", "teacher", "data", "tracking"}),
     frozenset({"student", "evaluation", "plan"}),
     frozenset({"report"}),
     frozenset({"stages"}),

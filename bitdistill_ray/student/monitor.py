@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.storage import Storage
+from bitdistill_ray.tracking.base import Tracker
+from bitdistill_ray.tracking.start import start_trackers
 
 Row = dict[str, Any]
 FILE = "metrics.jsonl"
@@ -28,10 +32,20 @@ class Monitor:
         self.flushed_at = 0.0
         self.refused: BitdistillError | None = None
         self.said: list[str] = []
+        self.trackers: list[Tracker] = []
+
+    def track(self, config: MonitorConfig) -> None:
+        """Tell the configured trackers every row from here on.
+
+        Raises:
+            ConfigError: one of them cannot be reached.
+        """
+        self.trackers = start_trackers(config, self.storage, self.stage)
 
     def step(self, row: Row) -> None:
         """Add the row of one optimiser step."""
         self.rows.append({"stage": self.stage, **row})
+        self._tell(lambda tracker: tracker.step(row))
         if time.monotonic() - self.flushed_at > self.flush_every_s:
             self.flush()
 
@@ -46,15 +60,31 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """Forget this stage's rows from `step` on: they are about to be repeated."""
         self.rows = [r for r in self.rows if r["stage"] != self.stage or r["step"] < step]
+        self._tell(lambda tracker: tracker.rewind(step))
 
     def own_rows(self, since: int = 0) -> list[Row]:
         """This stage's rows from step `since` on."""
         return [r for r in self.rows if r["stage"] == self.stage and r["step"] >= since]
 
     def flush(self) -> None:
-        """Write the file."""
+        """Write the file; trackers hand over what they collected."""
         self.storage.write_bytes(FILE, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
         self.flushed_at = time.monotonic()
+        self._tell(lambda tracker: tracker.flush())
+
+    def finish(self) -> None:
+        """The stage has ended: `flush`, and the trackers close."""
+        self.flush()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, act: Callable[[Tracker], object]) -> None:
+        """Every tracker; one whose service fails is left out with a word, since training must not depend on it."""
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except tracker.errors as error:
+                self.trackers.remove(tracker)
+                self.say(f"{tracker.name} failed ({error}): it is told nothing more of this stage")
 
     def refuse(self, error: BitdistillError) -> None:
         """Remember an error that a restart cannot mend; the next attempt stops at once."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill_ray.report.axis import figure
 from bitdistill_ray.train import run
 from tests.road import tiny_config
 
@@ -37,3 +38,7 @@ def test_a_measured_run_has_the_losses_of_one_that_is_not(tmp_path: Path, zero: 
     with_gradients = [row["step"] for row in measured if row.get("grad_norm_ratio", 0) > 0]
     assert with_gradients == ([2, 5] if zero < 3 else [])
     assert not any("flip_rate" in row or "grad_norm_ratio" in row for row in plain)
+    report = (tmp_path / "measured/report.html").read_text(encoding="utf-8")
+    for shown in ("Codes that change", "Loss: cakld", "down_proj", figure(measured[-1]["loss"])):
+        assert shown in report
+    assert list((tmp_path / "measured/tensorboard/distill").glob("events.out.tfevents.*"))
