@@ -74,12 +74,12 @@ def _curves(series: Series, index: int, x: Scale, y: Scale) -> list[Markup]:
     if len(points) == 1:
         [(step, value)] = points
         return [element("circle", cx=x(step), cy=y(value), r=3, class_=f"dot series-{index}")]
-    raw = element("path", d=path(points, x, y), class_=f"curve series-{index}")
+    raw = element("path", d=path(points, x, y), fill="none", class_=f"curve series-{index}")
     if len(points) < SMOOTH_FROM:
         return [raw]
-    faint = element("path", d=path(points, x, y), class_=f"curve faint series-{index}")
+    faint = element("path", d=path(points, x, y), fill="none", class_=f"curve faint series-{index}")
     smoothed = smooth(points, len(points) / 40)
-    return [faint, element("path", d=path(smoothed, x, y), class_=f"curve series-{index}")]
+    return [faint, element("path", d=path(smoothed, x, y), fill="none", class_=f"curve series-{index}")]
 
 
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
@@ -99,7 +99,14 @@ def _bands(drawn: Sequence[Series], x: Scale) -> list[Markup]:
         title = element("title", f"step {step:,.0f}: {said}")
         strips.append(
             element(
-                "rect", title, x=start, y=TOP, width=max(0.1, end - start), height=HEIGHT - BOTTOM - TOP, class_="band"
+                "rect",
+                title,
+                x=start,
+                y=TOP,
+                width=max(0.1, end - start),
+                height=HEIGHT - BOTTOM - TOP,
+                fill_opacity=0,
+                class_="band",
             )
         )
     return strips

@@ -27,7 +27,7 @@ def weight_histogram(histogram: Histogram) -> Markup:
     ]
     if histogram.after:
         outline = _outline(histogram.after, x, y, histogram.reach)
-        parts.append(element("path", d=outline, class_="curve series-0"))
+        parts.append(element("path", d=outline, fill="none", class_="curve series-0"))
     said = (
         f"{histogram.kind}: {histogram.weights:,} weights in units of their scale; within a quarter of a unit of zero "
         f"{100 * histogram.near_zero(histogram.before):.1f} % before"
