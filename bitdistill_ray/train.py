@@ -68,7 +68,7 @@ def cluster(config: Config) -> Iterator[None]:
     else:
         cpus = max(env.cpu_count(), 2 + round(config.teacher.actors * config.teacher.cpus
                                               + config.student.workers * config.student.cpus))  # fmt: skip
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         print(f"started a Ray here with {cpus} CPU slots (RAY_ADDRESS is not set)", flush=True)
     try:
         yield
