@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.stage_config import (
     ClipStage,
     DistillStage,
@@ -154,6 +155,7 @@ class Config(Strict):
     storage: StorageConfig = StorageConfig()
     teacher: TeacherConfig = TeacherConfig()
     student: StudentConfig = StudentConfig()
+    monitor: MonitorConfig = MonitorConfig()
     stages: dict[str, StageConfig] = Field(default_factory=dict)
     """Stages in order, keyed by name; `kind` may be left out where the name says it; `NAME: false` drops one."""
     seed: int = 0

@@ -5,6 +5,9 @@
     stages/NAME/        what a stage made; `done.json`, written last, says that it is finished
     checkpoints/        Ray Train's, of the stage that is under way
     summary.json        tables of the `evaluate` stage and where everything lies
+    machine.json        the driver's commit, versions and machine
+    report.html         curves, weights and tables of all that, readable without a network
+    tensorboard/NAME/   event files of each training stage
 
 A finished stage is not repeated.  `done.json` carries the part of the configuration that the stage depends on: when
 that changed, the run is refused with the name of the key, since its folder would otherwise mix two experiments.
@@ -29,7 +32,7 @@ from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
 
 DONE = "done.json"
-RESOURCES = ("teacher", "student", "storage", "run", "stages")  # how and where a run computes, not what
+RESOURCES = ("teacher", "student", "storage", "run", "stages", "monitor")  # how and where a run computes, not what
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ class StageRecord:
     kind: str
     artefacts: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def said(self) -> str:
+        """The short facts on one line."""
+        return ", ".join(f"{k} {v}" for k, v in self.facts.items() if isinstance(v, int | float | str))
 
 
 def storage_opener(config: StorageConfig) -> Callable[[str], Storage]:

@@ -29,8 +29,10 @@ def run(config: Config) -> dict[str, Any]:
     folder = RunFolder(config)
     folder.begin()
     with cluster(config):
+        from bitdistill_ray.report.page import record_machine, write_report
         from bitdistill_ray.stages import STAGES, StageContext
 
+        record_machine(folder)
         for name, stage in config.stages.items():
             if folder.finished(name):
                 print(f"[{name}] finished before, skipped", flush=True)
@@ -40,8 +42,11 @@ def run(config: Config) -> dict[str, Any]:
             record = STAGES[stage.kind](StageContext(config, name, folder))
             record.facts["seconds"] = round(time.monotonic() - began, 1)
             folder.finish(record)
-            print(f"[{name}] finished in {record.facts['seconds']} s: {facts(record.facts)}", flush=True)
-    return summarise(folder)
+            print(f"[{name}] finished in {record.facts['seconds']} s: {record.said()}", flush=True)
+    summary = summarise(folder)
+    if config.monitor.report:
+        print(f"report: {write_report(folder)}", flush=True)
+    return summary
 
 
 @contextmanager
@@ -63,7 +68,7 @@ def cluster(config: Config) -> Iterator[None]:
     else:
         cpus = max(env.cpu_count(), 2 + round(config.teacher.actors * config.teacher.cpus
                                               + config.student.workers * config.student.cpus))  # fmt: skip
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         print(f"started a Ray here with {cpus} CPU slots (RAY_ADDRESS is not set)", flush=True)
     try:
         yield
@@ -81,11 +86,6 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
     }
     folder.storage.write_bytes("summary.json", json.dumps(summary, indent=1).encode())
     return summary
-
-
-def facts(values: dict[str, Any]) -> str:
-    """The short facts of a stage on one line."""
-    return ", ".join(f"{k} {v}" for k, v in values.items() if isinstance(v, int | float | str))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -46,6 +46,7 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
     """A Ray of this test session alone: 4 CPUs of one node, no dashboard; its workers know the S3 credentials."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=256 << 20, log_to_driver=False)
+    options = {"include_dashboard": False, "object_store_memory": 256 << 20, "log_to_driver": False}
+    ray.init(address="local", num_cpus=4, **options)  # "local": never another Ray of this machine
     yield
     ray.shutdown()

@@ -151,3 +151,11 @@ def test_stages_may_read_paths_of_their_own() -> None:
 
 def test_the_defaults_alone_are_a_configuration() -> None:
     assert Config().stages == {}
+
+
+def test_monitoring_is_checked_like_the_rest() -> None:
+    assert check(tree(data="/corpus")).monitor.codes_every == 50
+    with pytest.raises(ConfigError, match="codes_every"):
+        check(tree(data="/corpus", monitor={"codes_every": -1}))
+    with pytest.raises(ConfigError, match="gradients_every"):
+        check(tree(data="/corpus", monitor={"gradient_every": 5}))

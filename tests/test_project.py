@@ -31,11 +31,12 @@ LONGEST_DRIVER = 120
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "env"}),
     frozenset({"core"}),
-    frozenset({"config", "stage_config"}),
+    frozenset({"config", "stage_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
-    frozenset({"decode", "teacher", "data"}),
+    frozenset({"decode", "teacher", "data", "tracking"}),
     frozenset({"student", "evaluation", "plan"}),
+    frozenset({"report"}),
     frozenset({"stages"}),
 )
 # What computes or stores knows tensors, specs and bytes, never the configuration of a run.

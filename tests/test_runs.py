@@ -87,7 +87,8 @@ def test_a_stage_that_finished_under_another_configuration_is_refused_by_key(
 
 
 @pytest.mark.parametrize(
-    "override", ["student.workers=2", "teacher.actors=3", "stages.distill.tokens=8", "stages.clip=false"]
+    "override",
+    ["student.workers=2", "teacher.actors=3", "stages.distill.tokens=8", "stages.clip=false", "monitor.codes_every=3"],
 )
 def test_resources_and_later_stages_may_change(override: str, runs: Runs) -> None:
     runs.open().finish(RECORD)

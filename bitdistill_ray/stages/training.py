@@ -27,11 +27,14 @@ from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.student.checkpoint import drop_damaged_record, full_disk
+from bitdistill_ray.student.display import ProgressBar
 from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.monitor import Monitor, ProgressBar
+from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.worker import train_worker
 from bitdistill_ray.teacher.pool import TeacherPool
+
+TRACKERS_START_S = 300.0
 
 
 @stage("finetune")
@@ -100,12 +103,14 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
     if drop_damaged_record(context.run.storage, context.name):
         print("Ray Train's record of checkpoints was cut short: going by our own", flush=True)
     try:
-        with ProgressBar(monitor, job.steps, context.name):
+        ray.get(monitor.track.remote(job.config.monitor), timeout=TRACKERS_START_S)
+        every_s = job.config.monitor.line_every_s
+        with ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
             interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
         raise refused or user_error(error) or full_disk(error, context.run.storage) or error from None
-    ray.get(monitor.flush.remote())
+    ray.get(monitor.finish.remote())
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
     context.run.storage.delete(f"checkpoints/{context.name}")
     return rows

@@ -1,4 +1,5 @@
-"""What a run looks like from outside: one row for each optimiser step, in `metrics.jsonl` and on the terminal.
+"""What a run looks like from outside: one row for each optimiser step, in `metrics.jsonl`
+(and on the terminal: `display.py`).
 
 `Monitor` is an actor that the driver owns, so that rows survive a student that dies.  A student that resumes from a
 checkpoint first takes back the rows that it is about to repeat.
@@ -7,15 +8,15 @@ checkpoint first takes back the rows that it is about to repeat.
 from __future__ import annotations
 
 import json
-import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
-import ray
-from tqdm import tqdm
-
 from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.storage import Storage
+from bitdistill_ray.tracking.base import Tracker
+from bitdistill_ray.tracking.start import start_trackers
 
 Row = dict[str, Any]
 FILE = "metrics.jsonl"
@@ -31,10 +32,20 @@ class Monitor:
         self.flushed_at = 0.0
         self.refused: BitdistillError | None = None
         self.said: list[str] = []
+        self.trackers: list[Tracker] = []
+
+    def track(self, config: MonitorConfig) -> None:
+        """Tell the configured trackers every row from here on.
+
+        Raises:
+            ConfigError: one of them cannot be reached.
+        """
+        self.trackers = start_trackers(config, self.storage, self.stage)
 
     def step(self, row: Row) -> None:
         """Add the row of one optimiser step."""
         self.rows.append({"stage": self.stage, **row})
+        self._tell(lambda tracker: tracker.step(row))
         if time.monotonic() - self.flushed_at > self.flush_every_s:
             self.flush()
 
@@ -49,15 +60,31 @@ class Monitor:
     def rewind(self, step: int) -> None:
         """Forget this stage's rows from `step` on: they are about to be repeated."""
         self.rows = [r for r in self.rows if r["stage"] != self.stage or r["step"] < step]
+        self._tell(lambda tracker: tracker.rewind(step))
 
     def own_rows(self, since: int = 0) -> list[Row]:
         """This stage's rows from step `since` on."""
         return [r for r in self.rows if r["stage"] == self.stage and r["step"] >= since]
 
     def flush(self) -> None:
-        """Write the file."""
+        """Write the file; trackers hand over what they collected."""
         self.storage.write_bytes(FILE, "".join(json.dumps(r) + "\n" for r in self.rows).encode())
         self.flushed_at = time.monotonic()
+        self._tell(lambda tracker: tracker.flush())
+
+    def finish(self) -> None:
+        """The stage has ended: `flush`, and the trackers close."""
+        self.flush()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, act: Callable[[Tracker], object]) -> None:
+        """Every tracker; one whose service fails is left out with a word, since training must not depend on it."""
+        for tracker in list(self.trackers):
+            try:
+                act(tracker)
+            except tracker.errors as error:
+                self.trackers.remove(tracker)
+                self.say(f"{tracker.name} failed ({error}): it is told nothing more of this stage")
 
     def refuse(self, error: BitdistillError) -> None:
         """Remember an error that a restart cannot mend; the next attempt stops at once."""
@@ -66,42 +93,3 @@ class Monitor:
     def refusal(self) -> BitdistillError | None:
         """The error that `refuse` was given."""
         return self.refused
-
-
-class ProgressBar:
-    """Shows a Monitor's rows on the terminal while the driver waits for the trainer."""
-
-    def __init__(self, monitor: Any, steps: int, title: str) -> None:
-        self.monitor, self.steps, self.title = monitor, steps, title
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> ProgressBar:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopped.set()
-        self.thread.join()
-
-    def _watch(self) -> None:
-        shown = 0
-        with tqdm(total=self.steps, desc=self.title, unit="step", mininterval=1.0) as bar:
-            while True:
-                last = self.stopped.wait(1.0)
-                lines = ray.get(self.monitor.lines.remote(since=shown))
-                shown += len(lines)
-                for line in lines:
-                    bar.write(f"[{self.title}] {line}")
-                rows = ray.get(self.monitor.own_rows.remote(since=bar.n))
-                if rows:
-                    bar.set_postfix_str(headline(rows[-1]), refresh=False)
-                    bar.update(rows[-1]["step"] + 1 - bar.n)
-                if last:
-                    return
-
-
-def headline(row: Row) -> str:
-    """The figures of one row that a person watches."""
-    waits = f"wait teacher {row['teacher_wait_s']:.2f}s data {row['data_wait_s']:.2f}s"
-    return f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tok/s, {waits}"

@@ -16,7 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitdistill_ray import env
 from bitdistill_ray.core import TeacherSignals
@@ -32,10 +32,12 @@ from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student import checkpoint
 from bitdistill_ray.student.checkpoint import Position
 from bitdistill_ray.student.engine import start_engine
+from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
+from bitdistill_ray.student.probes import Probes
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
@@ -72,8 +74,12 @@ class Worker:
         if student.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
+        length = job.config.data.sequence_length
+        self.arithmetic = Arithmetic.of(self.model, length=length, device=self.device, workers=self.ranks)
         self.client = self._client()
-        self.engine = start_engine(self._module(), stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
+        module, watch = self._module(), job.config.monitor
+        self.engine = start_engine(module, stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
+        self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
         if self.rank == 0:
             self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
                       f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
@@ -82,6 +88,7 @@ class Worker:
     def run(self) -> None:
         """From the newest checkpoint to the last step; then publish the weights."""
         position = self._resume()
+        self.probes.start(position.step)
         inbox = Inbox(
             self.job.feeder,
             self.client,
@@ -110,8 +117,9 @@ class Worker:
         shared = Totals(counts).shared_by(self.ranks * self.micros)
         sums: dict[str, Tensor] = {}
         for arrays, batch in zip(micros, batches, strict=True):
-            signals = signals_of(arrays, self.device)
-            value, parts = self.engine(batch.to(self.device), signals, shared)
+            signals, batch = signals_of(arrays, self.device), batch.to(self.device)
+            self.probes.micro(batch, signals, shared)
+            value, parts = self.engine(batch, signals, shared)
             self.engine.backward(value)
             self.engine.step()
             for name, part in {"loss": value.detach(), **parts}.items():
@@ -121,6 +129,7 @@ class Worker:
         return dict(zip(sums, stacked / self.ranks, strict=True)), counts[0]
 
     def _report(self, step: int, losses: dict[str, Tensor], tokens: Tensor, seconds: float, inbox: Inbox) -> None:
+        probed = self.probes.take()
         if self.rank != 0:
             return
         names, values = list(losses), torch.stack([*losses.values(), tokens.float()]).tolist()
@@ -134,8 +143,10 @@ class Worker:
             "tokens": int(values[-1]),
             "seconds": seconds,
             "tokens_per_s": values[-1] / seconds,
+            "mfu": self.arithmetic.mfu(values[-1] / seconds),
             "data_wait_s": inbox.data_wait_s,
             **waits,
+            **probed,
         }
         inbox.data_wait_s = 0.0
         if not torch.isfinite(losses["loss"]):
@@ -182,7 +193,7 @@ class Worker:
             say=self._say,
         )
 
-    def _module(self) -> nn.Module:
+    def _module(self) -> LossModule:
         teacher_head, layer = None, None
         if self.client is not None:
             message = ray.get(self.job.teachers[0].frozen_head.remote())

@@ -10,7 +10,7 @@ import pytest
 
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.storage import Storage
-from bitdistill_ray.student.monitor import FILE, Monitor, headline
+from bitdistill_ray.student.monitor import FILE, Monitor
 
 
 @pytest.fixture
@@ -82,8 +82,3 @@ def test_a_refusal_is_kept_for_the_next_attempt(storage: Storage) -> None:
     refusal = watching.refusal()
     assert isinstance(refusal, DataError)
     assert str(refusal) == "corpus: changed. Start anew"
-
-
-def test_the_headline_says_what_a_person_watches() -> None:
-    row = {"loss": 1.23456, "tokens_per_s": 12345.6, "teacher_wait_s": 0.126, "data_wait_s": 0.0}
-    assert headline(row) == "loss 1.2346, 12,346 tok/s, wait teacher 0.13s data 0.00s"

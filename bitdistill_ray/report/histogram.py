@@ -1,0 +1,47 @@
+"""Histograms of latent weights before and after training, with the grid's levels marked, as inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bitdistill_ray.report.axis import Scale
+from bitdistill_ray.report.markup import Markup, element
+from bitdistill_ray.report.weights import Histogram
+
+WIDTH, HEIGHT = 300.0, 150.0
+SIDE, TOP, BOTTOM = 8.0, 16.0, 24.0
+MOST_LABELS = 9
+
+
+def weight_histogram(histogram: Histogram) -> Markup:
+    """A small figure: an area for before, a line for after, a dashed upright for each level."""
+    top = max(max(histogram.before), max(histogram.after, default=0.0), 1e-12)
+    x = Scale(-histogram.reach, histogram.reach, SIDE, WIDTH - SIDE)
+    y = Scale(0.0, top, HEIGHT - BOTTOM, TOP)
+    shown = histogram.levels if len(histogram.levels) <= MOST_LABELS else histogram.levels[::2]
+    parts = [
+        *(element("line", x1=x(v), x2=x(v), y1=TOP - 4, y2=HEIGHT - BOTTOM, class_="level") for v in histogram.levels),
+        element("path", d=_outline(histogram.before, x, y, histogram.reach) + "Z", class_="before"),
+        element("line", x1=SIDE, x2=WIDTH - SIDE, y1=y(0), y2=y(0), class_="axis"),
+        *(element("text", f"{v:.2g}", x=x(v), y=HEIGHT - 8, text_anchor="middle", class_="tick") for v in shown),
+    ]
+    if histogram.after:
+        outline = _outline(histogram.after, x, y, histogram.reach)
+        parts.append(element("path", d=outline, fill="none", class_="curve series-0"))
+    said = (
+        f"{histogram.kind}: {histogram.weights:,} weights in units of their scale; within a quarter of a unit of zero "
+        f"{100 * histogram.near_zero(histogram.before):.1f} % before"
+        + (f" and {100 * histogram.near_zero(histogram.after):.1f} % after" if histogram.after else "")
+    )
+    svg = element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=said)
+    return element("figure", element("figcaption", element("strong", histogram.kind)), svg)
+
+
+def _outline(shares: Sequence[float], x: Scale, y: Scale, reach: float) -> str:
+    """Stairs from the ground up and back to it."""
+    width = 2 * reach / len(shares)
+    stairs = [f"M{x(-reach):.1f} {y(0):.1f}"]
+    for i, share in enumerate(shares):
+        left, right = -reach + i * width, -reach + (i + 1) * width
+        stairs.append(f"L{x(left):.1f} {y(share):.1f}L{x(right):.1f} {y(share):.1f}")
+    return "".join([*stairs, f"L{x(reach):.1f} {y(0):.1f}"])

@@ -1,0 +1,154 @@
+"""What is measured beside the loss now and then: the codes' flip rate and zeros, and each loss term's gradient.
+
+    flip_rate      share of the codes that differ from those of the measurement before, `flip_steps` steps ago; about
+                   0.05 % a step is a healthy ternary run (arXiv 2412.04787)
+    zeros          share of the quantised weights that are exactly 0
+    grad_norm_X    L2 norm of the gradient that term X, with its weight, has over all trained weights
+    grad_norm_ratio   with two terms: the second's norm over the first's
+
+Codes: each rank measures its share of the linears and the counts are added up, so that the cost and the copy of the
+codes (one byte a weight) divide by the ranks; ZeRO-3's shards are gathered one matrix at a time.  Gradients: one more
+forward and backward pass for each term, over the first micro-batch of every rank, averaged over ranks.  They bypass
+DeepSpeed (`torch.autograd.grad` accumulates nothing, so its hooks sleep) and leave the training as it is, bit for bit.
+ZeRO-3's shards cannot be differentiated so, and the measurement is left out there, with a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bitdistill_ray.core import TeacherSignals, TokenBatch
+from bitdistill_ray.losses.chunked import RELATION
+from bitdistill_ray.losses.objective import Objective
+from bitdistill_ray.losses.reduction import Totals
+from bitdistill_ray.model.linear import QuantLinear, whole_parameter
+from bitdistill_ray.monitor_config import MonitorConfig
+from bitdistill_ray.quant import quantize
+from bitdistill_ray.quant.report import zero_fraction
+from bitdistill_ray.student.module import LossModule
+
+
+class CodeProbe:
+    """The codes of a model's quantised linears, compared with those of the last look; all ranks look together."""
+
+    def __init__(self, model: nn.Module, *, rank: int = 0, ranks: int = 1) -> None:
+        modules = model.named_modules()
+        self.linears = [(name, m) for name, m in modules if isinstance(m, QuantLinear) and m.spec is not None]
+        self.rank, self.ranks = rank, ranks
+        self.codes: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def look(self) -> tuple[float | None, float]:
+        """(share of codes that changed since the last look, None at the first; share of zeros)."""
+        first = not self.codes
+        flipped, zeros, weights = 0, 0.0, 0
+        for place, (name, linear) in enumerate(self.linears):
+            with whole_parameter(linear.weight):  # a collective under ZeRO-3: every rank enters for every linear
+                if place % self.ranks != self.rank:
+                    continue
+                assert linear.spec is not None
+                quantized = quantize(linear.weight, linear.spec, alpha=linear.alpha, name=name)
+            codes, count = quantized.codes_NK, quantized.codes_NK.numel()
+            if place in self.codes:
+                flipped += int((codes != self.codes[place]).sum())
+            self.codes[place] = codes
+            zeros, weights = zeros + zero_fraction(quantized) * count, weights + count
+        device = self.linears[0][1].weight.device
+        sums = torch.tensor([flipped, zeros, weights, first], dtype=torch.float64, device=device)
+        if self.ranks > 1:
+            dist.all_reduce(sums)
+        flips, zeroed, total, newcomers = sums.tolist()
+        seen_before = newcomers < self.ranks
+        return (flips / total if seen_before else None), zeroed / total
+
+
+def term_gradients(
+    module: LossModule, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
+) -> dict[str, Tensor]:
+    """The norm of each term's weighted gradient over all trained parameters on one micro-batch: fp32 scalars."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    whole, norms = module.objective, {}
+    for name, objective in single_terms(whole).items():
+        module.objective = objective
+        try:
+            value, _ = module(batch, signals, totals)
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        finally:
+            module.objective = whole
+        squares = [g.float().square().sum() for g in gradients if g is not None]
+        norms[name] = torch.stack(squares).sum().sqrt()
+    return norms
+
+
+def single_terms(objective: Objective) -> dict[str, Objective]:
+    """An Objective for each term alone, with its weight, by its name in the loss's parts."""
+    alone = {term.name: replace(objective, terms=(term,), relation=None) for term in objective.terms}
+    return alone if objective.relation is None else {**alone, RELATION: replace(objective, terms=())}
+
+
+class Probes:
+    """Both, at their steps, for one rank of a training stage.
+
+    The worker calls `start` before its first step, `micro` with every micro-batch, and `take` after every step.
+    """
+
+    def __init__(
+        self,
+        module: LossModule,
+        config: MonitorConfig,
+        *,
+        rank: int,
+        ranks: int,
+        zero: int,
+        say: Callable[[str], object],
+    ) -> None:
+        self.module, self.ranks = module, ranks
+        codes = CodeProbe(module.model, rank=rank, ranks=ranks) if config.codes_every else None
+        self.codes = codes if codes and codes.linears else None  # `finetune` has none
+        self.codes_every, self.gradients_every = config.codes_every, config.gradients_every
+        if self.gradients_every and zero == 3:
+            self.gradients_every = 0
+            if rank == 0:
+                say("monitor.gradients_every is left out under ZeRO-3, which shards what would be differentiated")
+        self.done, self.looked_at = 0, 0
+        self.norms: dict[str, Tensor] = {}
+
+    def start(self, done: int) -> None:
+        """Steps `done` are over; remember the codes as they are."""
+        self.done = self.looked_at = done
+        if self.codes:
+            self.codes.look()
+
+    def micro(self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals) -> None:
+        """A micro-batch on the device, before the pass that trains; the first of a step may be measured."""
+        if self.gradients_every and not self.norms and (self.done + 1) % self.gradients_every == 0:
+            self.norms = term_gradients(self.module, batch, signals, totals)
+
+    def take(self) -> dict[str, float]:
+        """A step is over: what was measured, for its row; empty on most steps.  All ranks call it together."""
+        self.done += 1
+        figures = self._gradients()
+        if self.codes and self.done % self.codes_every == 0:
+            flip_rate, zeros = self.codes.look()
+            if flip_rate is not None:
+                figures |= {"flip_rate": flip_rate, "flip_steps": self.done - self.looked_at}
+            figures["zeros"], self.looked_at = zeros, self.done
+        return figures
+
+    def _gradients(self) -> dict[str, float]:
+        if not self.norms:
+            return {}
+        norms = torch.stack(list(self.norms.values())).double()
+        if self.ranks > 1:
+            dist.all_reduce(norms)
+        values = dict(zip(self.norms, (norms / self.ranks).tolist(), strict=True))
+        self.norms = {}
+        figures = {f"grad_norm_{name}": value for name, value in values.items()}
+        if len(values) == 2 and (first := next(iter(values.values()))) > 0:
+            figures["grad_norm_ratio"] = list(values.values())[1] / first
+        return figures
