@@ -88,6 +88,13 @@ class Payload(StrEnum):
     LOGITS = "logits"  # all of them: the numerical reference
 
 
+class Coding(StrEnum):
+    """How a cache stores the values of a top-k answer."""
+
+    LOSSLESS = "lossless"  # bit for bit as they were on the wire
+    COMPACT = "compact"  # a few bits each (cache/depths.py)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
     """The only truth about a weight's format, for training, export, kernels and serving.
