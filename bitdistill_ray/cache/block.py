@@ -68,7 +68,7 @@ def write_block(entries: dict[str, Entry]) -> tuple[bytes, BlockIndex]:
     columns: list[pa.Array] = [pa.array(list(entries), pa.string())]
     schema = [pa.field("key", pa.string())]
     for name, array in first.items():
-        column = [np.ascontiguousarray(entry[name]) for entry in entries.values()]
+        column = [np.asarray(entry[name], order="C") for entry in entries.values()]
         shapes = json.dumps([value.shape for value in column])
         columns.append(pa.array([value.tobytes() for value in column], pa.large_binary()))
         schema.append(pa.field(name, pa.large_binary(), metadata={"dtype": array.dtype.str, "shapes": shapes}))

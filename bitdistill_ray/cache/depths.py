@@ -86,4 +86,4 @@ class Depths:
 
     @property
     def _cells(self) -> int:
-        return 2**self.width - 1
+        return (1 << self.width) - 1

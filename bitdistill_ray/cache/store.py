@@ -47,6 +47,9 @@ class CacheStore:
         """How many sequences are known."""
         return len(self._block_of)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._block_of
+
     def open(self) -> None:
         """Read the indexes."""
         paths = [path for path in self.storage.list(BLOCKS) if path.endswith(INDEX)]

@@ -1,4 +1,4 @@
-"""Teachers' distributions as they are met: a few likely tokens and a long, noisy, heavy tail."""
+"""Top-k answers from logits, and what a student is told by them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from bitdistill_ray.losses.divergence import kl_divergence, log_probabilities
 from bitdistill_ray.losses.teacher_view import TopKView
 
 QWEN3_VOCABULARY = 151_936
-
-
-def heavy_tailed(tokens: int, vocabulary: int = QWEN3_VOCABULARY, *, seed: int = 0) -> Tensor:
-    """fp32 logits [n, V]: Zipf's law with another exponent, noise and likely tokens at every position."""
-    rng = np.random.default_rng(seed)
-    ranks = np.arange(1, vocabulary + 1)
-    rows = []
-    for _ in range(tokens):
-        logits_V = -rng.uniform(0.8, 2.5) * np.log(ranks + rng.uniform(0, 20)) + rng.normal(0, 0.7, vocabulary)
-        logits_V[:3] += rng.exponential(2.5, 3)
-        rows.append(rng.permutation(logits_V))
-    return torch.from_numpy(np.stack(rows)).float()
 
 
 def topk_of(logits_nV: Tensor, entries: int) -> tuple[np.ndarray, np.ndarray]:

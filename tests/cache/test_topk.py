@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitdistill_ray.bench.cache import heavy_tailed
 from bitdistill_ray.cache.fields import from_bits, join, split, to_bits
 from bitdistill_ray.cache.idset import IdSet
 from bitdistill_ray.cache.topk import TopKCoder, likeliest_first
 from bitdistill_ray.core import Coding
 from bitdistill_ray.errors import DataError
-from tests.cache.answers import QWEN3_VOCABULARY, heavy_tailed, losses, topk_of
+from tests.cache.answers import QWEN3_VOCABULARY, losses, topk_of
 from tests.tiny_models import VOCAB_SIZE, packed_batch, tiny_model
 
 MOST_BYTES = {(Coding.COMPACT, 128): 300, (Coding.COMPACT, 50): 120, (Coding.LOSSLESS, 128): 560}
@@ -129,7 +130,7 @@ def test_the_bytes_of_a_token(coding: Coding, entries: int) -> None:
 def logits_of(case: str) -> Tensor:
     """fp32 logits [n, V] of a heavy tail, or of a tiny model of that family."""
     if case == "heavy tail":
-        return heavy_tailed(64)
+        return heavy_tailed(64, QWEN3_VOCABULARY)
     batch = packed_batch([[40, 24], [64]], 64)
     with torch.no_grad():
         return tiny_model(case)(input_ids=batch.ids_BT).logits.flatten(0, 1).float()
