@@ -12,6 +12,7 @@ from bitdistill_ray.cache.entry import Entry, entries_of, keys_of, message_of
 from bitdistill_ray.cache.store import CacheStore
 from bitdistill_ray.cache.topk import TopKCoder
 from bitdistill_ray.core import Coding
+from bitdistill_ray.errors import StorageError
 from bitdistill_ray.storage import Storage
 
 ABOUT = {"teacher": {"weights": "abc"}, "payload": "topk"}
@@ -70,6 +71,11 @@ def test_it_lives_in_object_storage_too(s3_bucket: str, s3_endpoint: str) -> Non
     folder = Storage(f"{s3_bucket}/cache", endpoint_url=s3_endpoint)
     opened(folder).put(entries(1, 2))
     assert same(opened(folder).get("key2"), 2)
+
+
+def test_no_bucket_is_said_when_it_is_opened(s3_endpoint: str) -> None:
+    with pytest.raises(StorageError, match="no such bucket"):
+        opened(Storage("s3://no-such-bucket-here/cache", endpoint_url=s3_endpoint))
 
 
 def flip(path: Path) -> None:
