@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from bitdistill_ray.core import Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
+from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.stage_config import (
@@ -102,6 +102,19 @@ class DataConfig(Strict):
     """A longer document is cut, and counted."""
 
 
+class CacheConfig(Strict):
+    """Answers in storage, read by later epochs and later jobs; a worker asks here before it asks a teacher."""
+
+    folder: str | None = None
+    """Folder or `s3://…`, for any number of runs, teachers and payloads at once; empty: no cache."""
+    coding: Coding = Coding.LOSSLESS
+    """Of `topk` answers; compact: at most 300 bytes a token at k = 128 and 120 at k = 50."""
+    block_sequences: int = Field(64, ge=1)
+    """Sequences of one file."""
+    memory_mib: int = Field(256, ge=1)
+    """Blocks that one worker keeps in memory, together."""
+
+
 class TeacherConfig(Strict):
     """The pool of frozen teachers: Ray actors that answer with TeacherSignals."""
 
@@ -114,11 +127,22 @@ class TeacherConfig(Strict):
     dtype: Dtype = Dtype.AUTO
     payload: Payload = Payload.HIDDEN
     topk: int = Field(64, ge=1)
+    """Entries of `payload: topk`."""
+    samples: int = Field(32, ge=1)
+    """Draws of `payload: sampled`, which serves `forward_kl` at temperature 1 and attention relations."""
     in_flight: int = Field(2, ge=1)
     """Requests that one student keeps under way."""
     timeout_s: float = Field(600, gt=0)
     """A request unanswered for so long is sent to another teacher; after `attempts`, the run stops and says why."""
     attempts: int = Field(3, ge=1)
+    cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _cacheable(self) -> TeacherConfig:
+        if self.cache.folder and self.cache.coding is Coding.COMPACT and self.payload is not Payload.TOPK:
+            raise ConfigError("teacher.cache.coding", f"compact with teacher.payload={self.payload}, which is kept as "
+                              "it is", "Use lossless, or teacher.payload=topk")  # fmt: skip
+        return self
 
 
 class StudentConfig(Strict):
@@ -188,8 +212,8 @@ class Config(Strict):
             self._check_text(name, stage, written="write" in kinds[:place])
             if isinstance(stage, TrainStage):
                 self._check_batch(name, stage.batch_sequences)
-            if isinstance(stage, PretrainStage | DistillStage) and self.teacher.payload is Payload.TOPK:
-                self._check_topk(name, stage.loss)
+            if isinstance(stage, PretrainStage | DistillStage) and stage.loss.needs_teacher:
+                self._check_payload(name, stage.loss)
         return self
 
     def _check_batch(self, name: str, sequences: int) -> None:
@@ -199,11 +223,17 @@ class Config(Strict):
                               f"with {passes} micro-batches each",
                               f"Give a multiple of {workers * self.student.micro_batch}")  # fmt: skip
 
-    @staticmethod
-    def _check_topk(name: str, loss: LossConfig) -> None:
-        if loss.temperature != 1:
-            raise ConfigError(f"stages.{name}.loss.temperature", f"{loss.temperature} with teacher.payload=topk, whose "
-                              "tail is known at 1", "Use temperature 1, or teacher.payload=hidden")  # fmt: skip
+    def _check_payload(self, name: str, loss: LossConfig) -> None:
+        payload, remedy = self.teacher.payload, "teacher.payload=hidden"
+        known = {Payload.TOPK: "whose tail is known at 1", Payload.SAMPLED: "drawn at 1"}.get(payload)
+        if known and loss.temperature != 1:
+            raise ConfigError(f"stages.{name}.loss.temperature", f"{loss.temperature} with teacher.payload={payload}, "
+                              f"{known}", f"Use temperature 1, or {remedy}")  # fmt: skip
+        for kind in ("reverse_kl", "jsd", "cakld"):
+            if payload is Payload.SAMPLED and getattr(loss, kind):
+                raise ConfigError(f"stages.{name}.loss.{kind}", f"{getattr(loss, kind)} with teacher.payload=sampled, "
+                                  "which is an unbiased forward_kl and nothing else",
+                                  f"Use forward_kl, or {remedy}")  # fmt: skip
 
     def _check_text(self, name: str, stage: StageConfig, *, written: bool) -> None:
         calibrates = isinstance(stage, RefineStage) and stage.subln != "none" and stage.gain == "calibrated"

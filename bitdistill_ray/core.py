@@ -85,7 +85,15 @@ class Payload(StrEnum):
 
     HIDDEN = "hidden"  # its last hidden state: exact full-vocabulary KL through a frozen copy of its LM head
     TOPK = "topk"  # its S likeliest tokens
+    SAMPLED = "sampled"  # S tokens drawn from its distribution: an unbiased forward KL
     LOGITS = "logits"  # all of them: the numerical reference
+
+
+class Coding(StrEnum):
+    """How a cache stores the values of a top-k answer."""
+
+    LOSSLESS = "lossless"  # bit for bit as they were on the wire
+    COMPACT = "compact"  # a few bits each (cache/depths.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +221,15 @@ class AttentionStates:
 
 @dataclass(slots=True, kw_only=True)
 class TopK:
-    """The teacher's S likeliest tokens: int32 ids and log-probabilities (fp16 or fp32), likeliest first."""
+    """The teacher's S likeliest tokens: int32 ids and log-probabilities (fp16 or fp32), likeliest first, ties by id."""
+
+    ids_BTS: Tensor
+    logprobs_BTS: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampled:
+    """S tokens drawn from the teacher's distribution, with repetition: int32 ids, and their log-probabilities."""
 
     ids_BTS: Tensor
     logprobs_BTS: Tensor
@@ -221,7 +237,7 @@ class TopK:
 
 @dataclass(slots=True, kw_only=True)
 class TeacherSignals:
-    """What a teacher said about a batch, whatever the wire form.  Exactly one of hidden, logits, topk is set.
+    """What a teacher said about a batch, whatever the wire form: exactly one of hidden, logits, topk, sampled is set.
 
     `hidden_BTD` is the tensor that the teacher's own LM head consumes (after the final norm).  Losses take this, and
     never ask where it came from: a live actor, a cache, a test.
@@ -231,6 +247,7 @@ class TeacherSignals:
     hidden_BTD: Tensor | None = None
     logits_BTV: Tensor | None = None
     topk: TopK | None = None
+    sampled: Sampled | None = None
     attention: AttentionStates | None = None
 
 

@@ -114,7 +114,8 @@ def _wire_bytes(config: Config, teacher: ModelShape, *, relation: bool) -> int:
     payload = {
         Payload.HIDDEN: 2 * teacher.hidden,
         Payload.LOGITS: 2 * teacher.vocabulary,
-        Payload.TOPK: 8 * config.teacher.topk,
+        Payload.TOPK: 6 * config.teacher.topk,
+        Payload.SAMPLED: 6 * config.teacher.samples,
     }[config.teacher.payload]
     qkv = 2 * teacher.head_size * (teacher.heads + 2 * teacher.kv_heads)
     return payload + (qkv if relation else 0)

@@ -92,6 +92,30 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str, str]] = [
         "2.0 with teacher.payload=topk",
         "teacher.payload=hidden",
     ),
+    (
+        tree(stages={**ROAD, "distill": {"loss": {"jsd": 1}}}, teacher={"payload": "sampled"}),
+        "stages.distill.loss.jsd",
+        "1.0 with teacher.payload=sampled",
+        "Use forward_kl",
+    ),
+    (
+        tree(stages={**ROAD, "distill": {"loss": {"cakld": 0.5, "forward_kl": 1}}}, teacher={"payload": "sampled"}),
+        "stages.distill.loss.cakld",
+        "0.5 with teacher.payload=sampled",
+        "teacher.payload=hidden",
+    ),
+    (
+        tree(stages={**ROAD, "distill": {"loss": {"forward_kl": 1, "temperature": 2}}}, teacher={"payload": "sampled"}),
+        "stages.distill.loss.temperature",
+        "2.0 with teacher.payload=sampled, drawn at 1",
+        "Use temperature 1",
+    ),
+    (
+        tree(teacher={"cache": {"folder": "s3://bucket/cache", "coding": "compact"}}),
+        "teacher.cache.coding",
+        "compact with teacher.payload=hidden",
+        "Use lossless, or teacher.payload=topk",
+    ),
     (tree(stages={**ROAD, "write": False}), "stages.clip", "no text for it", "Set data=PATH"),
     (
         tree(stages={"refine": None, "distill": {"sources": "written"}}, data="/corpus"),

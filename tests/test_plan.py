@@ -56,14 +56,17 @@ def test_the_bits_of_a_weight_are_those_of_the_packed_bytes(fmt: str, teacher: P
 
 
 @pytest.mark.parametrize(
-    ("payload", "relation"), [("hidden", False), ("hidden", True), ("topk", False), ("logits", True)]
+    ("payload", "relation"),
+    [("hidden", False), ("hidden", True), ("topk", False), ("sampled", False), ("logits", True)],
 )
 def test_the_bytes_of_the_wire_are_those_of_an_answer(payload: str, relation: bool, teacher: Path) -> None:
-    overrides = [f"teacher.payload={payload}", "teacher.topk=5"]
+    overrides = [f"teacher.payload={payload}", "teacher.topk=5", "teacher.samples=7"]
+    if payload == "sampled":
+        overrides.append("stages.distill.loss={cakld: 0, forward_kl: 1}")
     if relation:
         overrides.append("stages.distill.loss={cakld: 1, relation: {weight: 1, heads: 8, layer: 1}}")
     planned = number(r"teacher wire ([\d,]+) bytes/token", describe(tiny(teacher, *overrides)))
-    request = SignalRequest(payload=Payload(payload), topk=5, attention_layer=1 if relation else None)
+    request = SignalRequest(payload=Payload(payload), topk=5, samples=7, attention_layer=1 if relation else None)
     batch = packed_batch([[9, 7], [12]], 16)
     answer = Teacher(str(teacher), dtype=Dtype.BF16, threads=1).score(wire.encode_batch(batch), request)
     assert planned * batch.ids_BT.numel() == wire.payload_bytes(answer)

@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"quant", "losses", "storage", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data", "tracking"}),
+    frozenset({"cache"}),
     frozenset({"student", "evaluation", "plan"}),
     frozenset({"report"}),
     frozenset({"stages"}),

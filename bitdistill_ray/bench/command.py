@@ -4,7 +4,8 @@ Measures, and never judges.  Every value stands beside a limit that was measured
 
     kernels   low-bit products alone, for one token and for 128
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
-    teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone
+    teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
+              top-k answers cost in the cache
     train     a training step: what the live teacher, the quantisers and the chunked loss cost
 """
 
@@ -126,9 +127,9 @@ def _teacher(options: argparse.Namespace) -> list[Row]:
     from bitdistill_ray.bench.cluster import Machine, local_ray
 
     with local_ray(machine := Machine(device=options.device, threads=options.threads)):
-        from bitdistill_ray.bench import teacher
+        from bitdistill_ray.bench import cache, teacher
 
-        return teacher.measure(options.model, machine)
+        return teacher.measure(options.model, machine) + cache.measure()
 
 
 def _train(options: argparse.Namespace) -> list[Row]:

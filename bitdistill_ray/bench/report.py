@@ -29,11 +29,12 @@ class Unit(StrEnum):
     MILLISECONDS = "ms"
     BYTES = "B"
     MIB = "MiB"
+    PERCENT = "%"
 
     @property
     def lower_is_better(self) -> bool:
-        """True for times and sizes."""
-        return self in (Unit.MICROSECONDS, Unit.MILLISECONDS, Unit.BYTES, Unit.MIB)
+        """True for times, sizes and errors."""
+        return self in (Unit.MICROSECONDS, Unit.MILLISECONDS, Unit.BYTES, Unit.MIB, Unit.PERCENT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ TOPK     the S likeliest tokens, and *one more class* for all the others: its pr
          bound of the divergence over V, tight as the tail's mass goes to 0.  Dropping the tail or renormalising the S
          instead (as peers do) would leave the student free to put its mass anywhere else.  The tail at another
          temperature cannot be known from probabilities at 1, so temperatures other than 1 are refused.
+SAMPLED  S tokens drawn from the teacher: the mean of log T - log S over them is an unbiased forward KL, with an
+         unbiased gradient.  Any other divergence needs probabilities of tokens that were not drawn.
 
 A view shows its rows only through `compare` (both sides over the same classes) and the two confidences that CAKLD's
 gamma is made of.  Views are built inside the checkpointed chunk and die with it.
@@ -120,16 +122,50 @@ class TopKView:
         return self.logprobs_nS.float().amax(-1).exp()
 
 
+@dataclass(frozen=True, slots=True)
+class SampledView:
+    """S tokens drawn from the teacher's distribution at temperature 1."""
+
+    ids_nS: Tensor
+    logprobs_nS: Tensor
+
+    def forward_kl(self, student_log_nV: Tensor, *, temperature: float) -> Tensor:
+        """fp32 [n]: an unbiased estimate of KL(teacher || student); may be below 0 for a token."""
+        if temperature != 1.0:
+            raise ConfigError("objective.temperature", f"{temperature} with the sampled payload, drawn at 1",
+                              "Use temperature 1, or teacher.payload=hidden")  # fmt: skip
+        student_nS = student_log_nV.gather(-1, self.ids_nS.long())
+        return (self.logprobs_nS.to(student_nS.dtype) - student_nS).mean(-1)
+
+    def compare(self, student_log_nV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+        """Refused: draws are no distribution over classes."""
+        raise self._refusal("a divergence other than forward_kl")
+
+    def label_probability(self, labels_n: Tensor) -> Tensor:
+        """Refused: the label may not be among the draws."""
+        raise self._refusal("the teacher's confidence")
+
+    def largest_probability(self) -> Tensor:
+        """Refused: the likeliest token may not be among the draws."""
+        raise self._refusal("the teacher's confidence")
+
+    @staticmethod
+    def _refusal(what: str) -> ConfigError:
+        return ConfigError("teacher.payload", f"sampled cannot tell {what}",
+                           "Use the forward_kl loss, or teacher.payload=hidden")  # fmt: skip
+
+
 def payload_of(signals: TeacherSignals) -> Payload:
-    """Which of the three wire forms `signals` carries; refuses none and more than one."""
+    """Which of the wire forms `signals` carries; refuses none and more than one."""
     forms = {
         Payload.HIDDEN: signals.hidden_BTD,
         Payload.LOGITS: signals.logits_BTV,
         Payload.TOPK: signals.topk,
+        Payload.SAMPLED: signals.sampled,
     }
     given = [payload for payload, tensor in forms.items() if tensor is not None]
     if len(given) != 1:
-        raise TeacherError("teacher signals", f"{[str(p) for p in given] or 'none'} of hidden, logits, topk",
+        raise TeacherError("teacher signals", f"{[str(p) for p in given] or 'none'} of hidden, logits, topk, sampled",
                            "Give exactly one of them")  # fmt: skip
     return given[0]
 
@@ -159,6 +195,10 @@ def _from_topk(ids_nS: Tensor, logprobs_nS: Tensor, used_n: Tensor) -> TopKView:
     return TopKView(ids_nS, blank(logprobs_nS, used_n))
 
 
+def _from_draws(ids_nS: Tensor, logprobs_nS: Tensor, used_n: Tensor) -> SampledView:
+    return SampledView(ids_nS, blank(logprobs_nS, used_n))
+
+
 def teacher_views(
     signals: TeacherSignals, teacher_head: Head | None, *, tokens: int, chunk_tokens: int
 ) -> list[ViewMaker]:
@@ -171,6 +211,10 @@ def teacher_views(
         ids = _flat_chunks(signals.topk.ids_BTS, tokens, chunk_tokens)
         logprobs = _flat_chunks(signals.topk.logprobs_BTS, tokens, chunk_tokens)
         return [partial(_from_topk, i, p) for i, p in zip(ids, logprobs, strict=True)]
+    if signals.sampled is not None:
+        ids = _flat_chunks(signals.sampled.ids_BTS, tokens, chunk_tokens)
+        logprobs = _flat_chunks(signals.sampled.logprobs_BTS, tokens, chunk_tokens)
+        return [partial(_from_draws, i, p) for i, p in zip(ids, logprobs, strict=True)]
     if signals.logits_BTV is not None:
         return [partial(_from_logits, z) for z in _flat_chunks(signals.logits_BTV, tokens, chunk_tokens)]
     assert signals.hidden_BTD is not None  # payload_of saw to it

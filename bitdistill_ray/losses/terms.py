@@ -31,7 +31,7 @@ from bitdistill_ray.losses.divergence import (
     tau_factor,
 )
 from bitdistill_ray.losses.objective import GammaMode, Term, TermKind
-from bitdistill_ray.losses.teacher_view import TeacherView
+from bitdistill_ray.losses.teacher_view import SampledView, TeacherView
 
 
 class Comparison:
@@ -70,6 +70,13 @@ class Comparison:
         if temperature not in self._pairs:
             self._pairs[temperature] = self.teacher.compare(self.student_log(temperature), temperature=temperature)
         return self._pairs[temperature]
+
+    def forward_kl(self, temperature: float = 1.0) -> Tensor:
+        """KL(teacher || student) per token, [n]; from draws an unbiased estimate of it."""
+        if isinstance(self.teacher, SampledView):
+            return self.teacher.forward_kl(self.student_log(temperature), temperature=temperature)
+        student_log_nP, teacher_log_nP = self.pair(temperature)
+        return kl_divergence(teacher_log_nP, student_log_nP)
 
     def gamma(self, mode: GammaMode) -> float | Tensor:
         """CAKLD's gamma: [n] for PER_TOKEN, else the scalar of the run."""
@@ -117,8 +124,7 @@ def _cross_entropy(tokens: Comparison, term: Term) -> Tensor:
 
 @token_loss(TermKind.FORWARD_KL)
 def _forward_kl(tokens: Comparison, term: Term) -> Tensor:
-    student_log_nP, teacher_log_nP = tokens.pair(term.temperature)
-    return kl_divergence(teacher_log_nP, student_log_nP)
+    return tokens.forward_kl(term.temperature)
 
 
 @token_loss(TermKind.REVERSE_KL)

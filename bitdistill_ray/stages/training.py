@@ -67,6 +67,7 @@ def train(context: StageContext) -> StageRecord:
             teachers=pool.handles if pool else (),
             gamma=gamma,
             relation_layer=loss.relation.layer if loss.relation else None,
+            teacher_identity=pool.identity if pool else None,
         )
         rows = _fit(job, monitor, context)
     finally:

@@ -11,18 +11,34 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import torch
 from ray.exceptions import RayError
 
+from bitdistill_ray.cache.client import CachedTeacher
 from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.ray_errors import user_error
-from bitdistill_ray.teacher.client import TeacherClient, Ticket
 
 STEPS_AHEAD = 2
+
+
+class Answers(Protocol):
+    """Where a student's answers come from: the teachers (`TeacherClient`), or a cache before them (`CachedTeacher`)."""
+
+    def ask(self, batch: Any) -> Any:
+        """A ticket for the answer about `batch` (BatchArrays, or a reference to some); returns at once."""
+        ...
+
+    def answer(self, ticket: Any, arrays: BatchArrays, device: torch.device | str = "cpu") -> TeacherSignals:
+        """The answer to a ticket, which is about `arrays`; tickets in the order in which they were given."""
+        ...
+
+    def take_counters(self) -> dict[str, float]:
+        """Counters for the log, since the last call."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +54,18 @@ class Inbox:
     """Steps `first` to `steps` - 1, in order.  `data_wait_s` counts the time spent waiting for the feeder."""
 
     def __init__(
-        self, feeder: Any, client: TeacherClient | None, share: Share, *, first: int, steps: int, in_flight: int
+        self,
+        feeder: Any,
+        client: Answers | None,
+        share: Share,
+        *,
+        first: int,
+        steps: int,
+        in_flight: int,
     ) -> None:
         self.feeder, self.client, self.share, self.in_flight = feeder, client, share, in_flight
         self.unasked: deque[Any] = deque()
-        self.tickets: deque[Ticket] = deque()
+        self.tickets: deque[Any] = deque()
         self.ahead: deque[list[Any]] = deque()
         self.next, self.steps = first, steps
         self.data_wait_s = 0.0
@@ -52,6 +75,8 @@ class Inbox:
         while True:
             self._look_ahead()
             if not self.ahead:
+                if isinstance(self.client, CachedTeacher):
+                    self.client.finish()
                 return
             began = time.perf_counter()
             try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bitdistill_ray.config import Config
+from bitdistill_ray.model.identity import ModelIdentity
 from bitdistill_ray.runs import RunFolder
 from bitdistill_ray.stage_config import LossConfig, TrainStage
 
@@ -20,6 +21,7 @@ class TrainJob:
     teachers       handles of the pool; empty where the loss needs none
     gamma          CAKLD's scalar
     relation_layer the teacher's layer that relations are taken from
+    teacher_identity who the teachers are: the key of their cached answers
     """
 
     config: Config
@@ -35,6 +37,7 @@ class TrainJob:
     teachers: tuple[Any, ...] = ()
     gamma: float | None = None
     relation_layer: int | None = None
+    teacher_identity: ModelIdentity | None = None
 
     @property
     def stage(self) -> TrainStage:

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bitdistill_ray import env
-from bitdistill_ray.core import TeacherSignals
+from bitdistill_ray.cache.client import open_cache
+from bitdistill_ray.core import Payload, TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.errors import BitdistillError, ModelError
 from bitdistill_ray.hardware import compute_dtype
@@ -33,7 +34,7 @@ from bitdistill_ray.student import checkpoint
 from bitdistill_ray.student.checkpoint import Position
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.flops import Arithmetic
-from bitdistill_ray.student.inbox import Inbox, Share
+from bitdistill_ray.student.inbox import Answers, Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
@@ -179,12 +180,17 @@ class Worker:
             return load_model(str(self.job.model_source), dtype=self.dtype, storage=opener)
         return load_student(self.job.run.fetch(self.job.source), dtype=self.dtype)
 
-    def _client(self) -> TeacherClient | None:
+    def _client(self) -> Answers | None:
         if not self.job.loss.needs_teacher:
             return None
         teacher = self.job.config.teacher
-        request = SignalRequest(payload=teacher.payload, topk=teacher.topk, attention_layer=self.job.relation_layer)
-        return TeacherClient(
+        request = SignalRequest(
+            payload=teacher.payload,
+            topk=teacher.topk,
+            samples=teacher.samples,
+            attention_layer=self.job.relation_layer,
+        )
+        client = TeacherClient(
             self.job.teachers,
             request,
             timeout_s=teacher.timeout_s,
@@ -192,10 +198,13 @@ class Worker:
             first=self.rank,
             say=self._say,
         )
+        if not teacher.cache.folder or self.job.teacher_identity is None:
+            return client
+        return open_cache(client, teacher, self.job.config.storage, self.job.teacher_identity, say=self._say)
 
     def _module(self) -> LossModule:
         teacher_head, layer = None, None
-        if self.client is not None:
+        if self.client is not None and self.job.config.teacher.payload is Payload.HIDDEN:
             message = ray.get(self.job.teachers[0].frozen_head.remote())
             names = {name.removesuffix(":bf16") for name in message}
             teacher_head = FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)

@@ -27,6 +27,7 @@ from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.hardware import compute_dtype, local_device
 from bitdistill_ray.losses.gamma import GammaEstimate, estimate_gamma
 from bitdistill_ray.losses.objective import GammaMode
+from bitdistill_ray.losses.teacher_view import Head
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.identity import ModelIdentity, identity
@@ -34,6 +35,7 @@ from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.teacher import wire
+from bitdistill_ray.teacher.draws import sampled
 from bitdistill_ray.teacher.request import SignalRequest
 
 
@@ -119,7 +121,9 @@ class Teacher:
             case Payload.LOGITS:
                 signals.logits_BTV = self.head(hidden_BTD)
             case Payload.TOPK:
-                signals.topk = self._topk(hidden_BTD, request.topk)
+                signals.topk = likeliest(hidden_BTD, self.head, request.topk)
+            case Payload.SAMPLED:
+                signals.sampled = sampled(hidden_BTD, self.head, batch, request.samples)
         return signals
 
     def write(self, prompts: Sequence[str], samplings: Sequence[Sampling], *, batch: int) -> list[Written]:
@@ -148,9 +152,14 @@ class Teacher:
         message = [{"role": "user", "content": prompt}]
         return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
 
-    def _topk(self, hidden_BTD: Tensor, entries: int) -> TopK:
-        rows = [self.head(h_TD).float().log_softmax(-1).topk(entries, dim=-1) for h_TD in hidden_BTD]
-        return TopK(
-            ids_BTS=torch.stack([r.indices for r in rows]).int(),
-            logprobs_BTS=torch.stack([r.values for r in rows]),
-        )
+
+def likeliest(hidden_BTD: Tensor, head: Head, entries: int) -> TopK:
+    """The `entries` likeliest tokens in fp16, in an order that ids and values alone decide (ties by id).
+
+    So a cache may store them as a set, and devices whose top-k treats ties in other ways agree.
+    """
+    rows = [head(h_TD).float().log_softmax(-1).topk(entries, dim=-1) for h_TD in hidden_BTD]
+    by_id = torch.stack([r.indices for r in rows]).sort(dim=-1)
+    values_BTS = torch.stack([r.values for r in rows]).half().gather(-1, by_id.indices)
+    logprobs_BTS, order_BTS = values_BTS.sort(dim=-1, descending=True, stable=True)
+    return TopK(ids_BTS=by_id.values.gather(-1, order_BTS).int(), logprobs_BTS=logprobs_BTS)

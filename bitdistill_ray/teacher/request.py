@@ -13,4 +13,5 @@ class SignalRequest:
 
     payload: Payload = Payload.HIDDEN
     topk: int = 64
+    samples: int = 32
     attention_layer: int | None = None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import AttentionStates, TeacherSignals, TokenBatch, TopK
+from bitdistill_ray.core import AttentionStates, Sampled, TeacherSignals, TokenBatch, TopK
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 
@@ -78,6 +78,9 @@ def encode_signals(signals: TeacherSignals) -> Message:
     if signals.topk is not None:
         put(message, "topk_ids", signals.topk.ids_BTS.to(torch.int32))
         put(message, "topk_logprobs", signals.topk.logprobs_BTS)
+    if signals.sampled is not None:
+        put(message, "sampled_ids", signals.sampled.ids_BTS.to(torch.int32))
+        put(message, "sampled_logprobs", signals.sampled.logprobs_BTS)
     if signals.attention is not None:
         message["attention_layer"] = signals.attention.layer
         put(message, "q", signals.attention.q_BHTC)
@@ -93,12 +96,16 @@ def decode_signals(message: Message, device: torch.device | str = "cpu") -> Teac
         return get(message, key).to(device, non_blocking=True) if has(message, key) else None
 
     ids, logprobs = tensor("topk_ids"), tensor("topk_logprobs")
+    drawn, drawn_logprobs = tensor("sampled_ids"), tensor("sampled_logprobs")
     q, k, v = tensor("q"), tensor("k"), tensor("v")
     return TeacherSignals(
         sequence_ids=tuple(message["sequence_ids"]),
         hidden_BTD=tensor("hidden"),
         logits_BTV=tensor("logits"),
         topk=None if ids is None or logprobs is None else TopK(ids_BTS=ids, logprobs_BTS=logprobs),
+        sampled=None
+        if drawn is None or drawn_logprobs is None
+        else Sampled(ids_BTS=drawn, logprobs_BTS=drawn_logprobs),
         attention=None
         if q is None or k is None or v is None
         else AttentionStates(layer=message["attention_layer"], q_BHTC=q, k_BJTC=k, v_BJTC=v),
@@ -115,7 +122,7 @@ def check_answer(answer: Message, arrays: BatchArrays) -> None:
     if answer.get("digest") != batch_digest(arrays) or tuple(answer["sequence_ids"]) != asked:
         raise TeacherError("teacher answer", f"is about {answer['sequence_ids'][:2]}, asked was {asked[:2]}",
                            "Report this as a bug: a request was mixed up")  # fmt: skip
-    for key in ("hidden", "logits", "topk_ids"):
+    for key in ("hidden", "logits", "topk_ids", "sampled_ids"):
         if has(answer, key) and (shape := get(answer, key).shape[:2]) != arrays["ids"].shape:
             raise TeacherError("teacher answer", f"{key} covers {tuple(shape)} positions of {arrays['ids'].shape}",
                                "Run one version of bitdistill-ray on all nodes")  # fmt: skip

@@ -23,7 +23,7 @@ def measured(kind: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
     for row in rows:
         assert set(row) == KEYS
         assert row["value"] > 0
-        lower = row["unit"] in ("us", "ms", "B", "MiB")
+        lower = row["unit"] in ("us", "ms", "B", "MiB", "%")
         for against, other in (("share", "limit"), ("ratio", "baseline")):
             expected = row[other] and (row["value"] / row[other]) ** (-1 if lower else 1)
             assert row[against] == (expected and pytest.approx(expected))
@@ -34,9 +34,16 @@ def test_teacher(tmp_path: Path) -> None:
     rows = {(row["case"], row["metric"]): row for row in measured("teacher", tmp_path)}
     payloads = ("logits", "hidden", "topk")
     metrics = ("answers", "wire", "payload per token")
-    assert list(rows) == [(f"teacher, {payload}", metric) for payload in payloads for metric in metrics]
+    codings = [f"cache, topk {entries} {coding}" for entries in (50, 128) for coding in ("lossless", "compact")]
+    costs = ("bytes per token", "error of the forward KL", "encode", "decode")
+    assert list(rows) == [
+        *((f"teacher, {payload}", metric) for payload in payloads for metric in metrics),
+        *((case, metric) for case in codings for metric in costs),
+    ]
+    assert rows["cache, topk 128 compact", "bytes per token"]["value"] <= 300
+    assert rows["cache, topk 128 compact", "error of the forward KL"]["value"] <= 0.5
     assert rows["teacher, hidden", "payload per token"]["ratio"] == VOCAB_SIZE / HIDDEN
-    assert rows["teacher, topk", "payload per token"]["value"] == 64 * (4 + 4)
+    assert rows["teacher, topk", "payload per token"]["value"] == 64 * (4 + 2)
 
 
 def test_train(tmp_path: Path) -> None:
