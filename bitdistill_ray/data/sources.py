@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
+from fractions import Fraction
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
@@ -32,12 +33,14 @@ class Source:
     name             first part of the sequence ids; empty: the last part of the path
     text_column      the column, or JSON key, of plain documents
     prompt_column    with response_column: supervised pairs instead of plain documents
+    weight           its share of the sequences, against the other sources' weights; None: all sources are one stream
     endpoint_url, region, anonymous    as in `Storage`
     """
 
     path: str
     _: KW_ONLY
     name: str = ""
+    weight: float | None = None
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
@@ -49,6 +52,8 @@ class Source:
         if (self.prompt_column is None) != (self.response_column is None):
             raise ConfigError(f"data.sources: {self.path}", "only one of prompt_column and response_column is given",
                               "Give both for supervised pairs, or neither for plain text")  # fmt: skip
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(f"data.sources: {self.path}", f"a weight of {self.weight}", "Give a number above 0")
 
     @property
     def label(self) -> str:
@@ -114,6 +119,20 @@ class CorpusSpec:
         for label in labels:
             if labels.count(label) > 1:
                 raise ConfigError("data.sources", f"two sources are called {label!r}", "Give each a `name` of its own")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ConfigError("data.sources", "some sources have a weight and some have none",
+                              "Give each a `weight`, or none of them")  # fmt: skip
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the sources are a mixture with weights, each a stream of its own."""
+        return self.sources[0].weight is not None
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """The weights of a weighted mixture, summing to 1 exactly."""
+        weights = [Fraction(source.weight or 0) for source in self.sources]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 def escape_id(part: str) -> str:
