@@ -37,7 +37,7 @@ STORE_FRACTION = 0.25  # of the object store, for what several streams read ahea
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayReading:
     """What the readers may use: `concurrency` units at a time (None: as many as there are free CPUs), and per unit
-    `cpus` and `memory` bytes (None: not accounted for).  `store` is the stream's part of what several may hold ready."""
+    `cpus` and `memory` bytes (None: not accounted for).  `store` is this stream's part of what is held ready."""
 
     concurrency: int | None = None
     cpus: float = 1

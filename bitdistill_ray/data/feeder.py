@@ -3,7 +3,7 @@
 The global batch of step s is the next `sequences_per_step` sequences of the stream, whatever the number of ranks; a
 rank asks for its share of a step, as often as it likes and in any order within the last `keep_steps` steps, so a
 retried or late request gets the same answer.  Steps are made ahead in a thread.  `state(step)` is the ledger after that
-step, to be saved with the weights of that step; a feeder made with it goes on exactly there.  Weighted sources are mixed here.
+step, to be saved with the weights of that step; a feeder made with it goes on exactly there.
 
 A plain class, so that it also runs inside a process; `start_feeder` wraps it as a Ray actor.  An actor that dies is
 restarted where its ledger was when it was made, and reads forward to the step that is asked for: slow, but the same.
