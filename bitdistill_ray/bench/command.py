@@ -1,4 +1,4 @@
-"""python -m bitdistill_ray.bench kernels|decode|teacher|train [--device cpu|cuda] [--threads N] [--json FILE] …
+"""python -m bitdistill_ray.bench kernels|decode|teacher|train|data [--device cpu|cuda] [--threads N] [--json FILE] …
 
 Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
 
@@ -6,6 +6,7 @@ Measures, and never judges.  Every value stands beside a limit that was measured
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone
     train     a training step: what the live teacher, the quantisers and the chunked loss cost
+    data      files to packed sequences, beside the tokenizer alone; peak memory as the text grows
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--model", metavar="SOURCE", help="teacher and student (default: a random one)")
     train.add_argument("--formats", default="nf3", help="FORMAT[:a8|:a16], … of the student (default nf3)")
     train.set_defaults(run=_train)
+
+    data = kinds.add_parser("data", parents=[shared])
+    data.add_argument("--data", metavar="SOURCE", help="take the text from there (default: made up)")
+    data.add_argument("--tokenizer", metavar="SOURCE", help="default: a BPE learned from the text")
+    data.add_argument("--megabytes", type=float, default=2, help="of text (default 2)")
+    data.add_argument("--times", type=int, default=10, help="as much, for the peak of memory (default 10)")
+    data.set_defaults(run=_data)
     return command
 
 
@@ -134,3 +142,13 @@ def _train(options: argparse.Namespace) -> list[Row]:
 
         specs = [kernels.parse_format(name) for name in options.formats.split(",")]
         return train.measure(options.model, specs, machine)
+
+
+def _data(options: argparse.Namespace) -> list[Row]:
+    from bitdistill_ray.bench import data
+
+    for name, value, least in (("--megabytes", options.megabytes, 0.1), ("--times", options.times, 2)):
+        if not value >= least:
+            raise ConfigError(name, f"{value}", f"Give at least {least}")
+    load = data.Load(megabytes=options.megabytes, times=options.times, data=options.data, tokenizer=options.tokenizer)
+    return data.measure(load)
