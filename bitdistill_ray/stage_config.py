@@ -16,7 +16,8 @@ class Strict(BaseModel):
 
 
 class SourceConfig(Strict):
-    """One corpus: a folder, a file, a glob or `s3://bucket/prefix` of parquet, JSONL (.gz, .zst) or text."""
+    """One corpus: a folder, file or glob of parquet, Arrow, JSONL or text (the last two also .gz, .zst), local or on
+    `s3://`, `http(s)://`, `hf://` or what else fsspec knows; or `hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`."""
 
     path: str
     weight: float | None = Field(None, gt=0, allow_inf_nan=False)

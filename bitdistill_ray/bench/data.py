@@ -74,8 +74,8 @@ def _measure(kind: FileFormat, folder: Path, tokenizer: str, load: Load) -> Iter
     yield Row(case=case, metric="stream", unit=Unit.TOKENS_S, value=speed.stream, threads=1, limit=speed.tokenizer,
               limit_is="the tokenizer alone on the same text, in turn on the same core")  # fmt: skip
     once, more = (_alone(sides.peak_mib, corpora[name]) for name in sizes)
-    yield Row(case=case, metric="peak memory", unit=Unit.MIB, value=more, threads=1, baseline=once,
-              baseline_is=f"a pass over {load.megabytes:g} MB of text; the value: over {load.times} times as much")  # fmt: skip
+    less = f"a pass over {load.megabytes:g} MB of text; the value is of {load.times} times as much"
+    yield Row(case=case, metric="peak memory", unit=Unit.MIB, value=more, threads=1, baseline=once, baseline_is=less)
 
 
 def _alone(function: Callable[[CorpusSpec], T], corpus: CorpusSpec) -> T:

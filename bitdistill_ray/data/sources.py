@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from fractions import Fraction
 
+from bitdistill_ray.data.hub_id import HubId
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
 
@@ -17,8 +18,9 @@ GLOB_CHARACTERS = "*?["
 
 
 class FileFormat(StrEnum):
-    """How a file holds documents; the first and last may be compressed with gzip or zstd as a whole."""
+    """How a file holds documents; JSONL and text may be compressed with gzip or zstd as a whole."""
 
+    ARROW = "arrow"
     JSONL = "jsonl"
     PARQUET = "parquet"
     TEXT = "text"
@@ -29,7 +31,7 @@ class Source:
     """Files of one kind of document.
 
     path             a folder (all files below it), a file, or a glob (`*` stays in a folder, `**` does not); local or
-                     any URL of `Storage`
+                     any URL of `Storage`; or `hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`
     name             first part of the sequence ids; empty: the last part of the path
     text_column      the column, or JSON key, of plain documents
     prompt_column    with response_column: supervised pairs instead of plain documents
@@ -66,7 +68,13 @@ class Source:
         """The columns to read: (text,) or (prompt, response)."""
         if self.prompt_column is not None and self.response_column is not None:
             return self.prompt_column, self.response_column
-        return (self.text_column,)
+        hub = self.hub
+        return (hub.column or self.text_column if hub else self.text_column,)
+
+    @property
+    def hub(self) -> HubId | None:
+        """The Hugging Face data set that `path` names with `hub:`, or None."""
+        return HubId.parse(self.path)
 
     @property
     def is_supervised(self) -> bool:
@@ -75,8 +83,9 @@ class Source:
 
     @property
     def is_glob(self) -> bool:
-        """Whether the path is a pattern."""
-        return self._is_glob(self.path)
+        """Whether the path is a pattern; in a web address `?` opens the query."""
+        is_web = self.path.startswith(("http://", "https://"))
+        return self._is_glob(self.path.partition("?")[0] if is_web else self.path)
 
     def storage(self, url: str) -> Storage:
         """The store at `url`, with this source's options."""
