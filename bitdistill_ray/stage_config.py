@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -27,6 +28,14 @@ class SourceConfig(Strict):
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> SourceConfig:
+        if self.path.startswith("hub:") and not re.fullmatch(r"hub:[^/:]+/[^/:]+(:[^:]*){0,3}", self.path):
+            raise ConfigError(
+                f"data: {self.path}", "not a data set's name", "Write hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]"
+            )
+        return self
 
 
 def _sources(value: Any) -> Any:

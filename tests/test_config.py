@@ -51,6 +51,14 @@ def test_sources_can_have_weights() -> None:
             check(tree(data=[{"source": "/a", "weight": weight}]))
 
 
+def test_a_data_set_of_the_hub_is_named_in_full() -> None:
+    for path in ("hub:org/name", "hub:org/name:config", "hub:org/name::test:column"):
+        assert check(tree(data=path)).data.sources == (SourceConfig(path=path),)
+    for path in ("hub:name", "hub:org/name/more", "hub:org/name:a:b:c:d"):
+        with pytest.raises(ConfigError, match=r"not a data set's name\. Write hub:ORG/NAME"):
+            check(tree(data=path))
+
+
 def test_the_quantisation_section_is_a_quant_spec() -> None:
     quant = QuantConfig(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
     expected = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
