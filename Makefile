@@ -42,9 +42,9 @@ test-fast: $(INSTALLED)  ## the tests that need no cluster, server or build (und
 soak: $(INSTALLED)  ## long fuzzing and soaks
 	$(PYTEST) -m soak --timeout 0
 
-bench: $(INSTALLED)  ## kernels, decoding, teacher and training at small sizes; JSON in runs/bench (about 2 minutes)
+bench: $(INSTALLED)  ## kernels, decoding, teacher, training and data at small sizes; JSON in runs/bench (about 3 minutes)
 	@mkdir -p runs/bench
-	for kind in kernels decode teacher train; do \
+	for kind in kernels decode teacher train data; do \
 	  $(BIN)/python -m bitdistill_ray.bench $$kind --json runs/bench/$$kind.json || exit; done
 
 check: $(INSTALLED)  ## lint, format, types and spelling, as in pre-commit

@@ -91,7 +91,10 @@ class DataConfig(Strict):
     """The corpus and how it is cut into sequences."""
 
     sources: Sources = ()
-    """The stream: paths, or sections with a path and its columns."""
+    """The stream: paths, or sections with a path, its columns and a weight; `{source: PATH, weight: 2}` for short.
+
+    With weights, sequences are drawn in proportion to them; each source then has passes of its own, and what the
+    `write` stage wrote joins with weight 1."""
     task: Sources = ()
     """What a task is learned from (stages with `sources: task`), usually prompt/response pairs."""
     sequence_length: int = Field(512, ge=8)

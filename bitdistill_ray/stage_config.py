@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
 
@@ -16,21 +17,51 @@ class Strict(BaseModel):
 
 
 class SourceConfig(Strict):
-    """One corpus: a folder, a file, a glob or `s3://bucket/prefix` of parquet, JSONL (.gz, .zst) or text."""
+    """One corpus: a folder, file or glob of parquet, Arrow, JSONL or text (the last two also .gz, .zst), local or on
+    `s3://`, `http(s)://`, `hf://` or what else fsspec knows; or `hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`."""
 
     path: str
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Share of the sequences against the other sources' weights; all sources have one, or none (all read as one)."""
+    name: str = ""
+    """First part of its sequence ids; empty: the last part of the path."""
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> SourceConfig:
+        if self.path.startswith("hub:") and not re.fullmatch(r"hub:[^/:]+/[^/:]+(:[^:]*){0,3}", self.path):
+            raise ConfigError(
+                f"data: {self.path}", "not a data set's name", "Write hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]"
+            )
+        return self
 
 
 def _sources(value: Any) -> Any:
     if isinstance(value, str | dict):
         value = [value]
-    return [{"path": v} if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+    return [_source(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
-Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources)]
+def _source(entry: Any) -> Any:
+    """`PATH` and `{source: PATH, weight: 2}` are short for `{path: PATH, …}`."""
+    if isinstance(entry, str):
+        return {"path": entry}
+    if isinstance(entry, dict) and isinstance(entry.get("source"), str) and "path" not in entry:
+        return {"path": entry["source"], **{key: value for key, value in entry.items() if key != "source"}}
+    return entry
+
+
+def _one_kind(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    if len({source.weight is None for source in sources}) > 1:
+        bare = next(source.path for source in sources if source.weight is None)
+        raise ConfigError("data", f"{bare} has no weight, and other sources have one",
+                          "Give each a weight, or none of them")  # fmt: skip
+    return sources
+
+
+Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), AfterValidator(_one_kind)]
 
 
 class RelationConfig(Strict):

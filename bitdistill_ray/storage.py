@@ -15,6 +15,7 @@ import json
 import os
 import posixpath
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +46,8 @@ REFUSALS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("accessdenied", "access_denied", "access denied", "forbidden", "invalidaccesskeyid", "signaturedoesnotmatch",
       "permission denied", "expiredtoken"), "access denied", "Check the credentials and that they may use this path"),
     (("could not connect", "connection refused", "network_connection", "name or service not known",
-      "connect timeout", "connection was closed"), "cannot reach the store",
+      "connect timeout", "connection was closed", "cannot connect", "connection attempts failed", "name resolution",
+      "timed out", "offline mode"), "cannot reach the store",
      "Check the endpoint (storage.endpoint_url, AWS_ENDPOINT_URL) and the network"),
     (("entitytoolarge", "quotaexceeded", "no space left", "disk quota exceeded", "xminiostoragefull"),
      "no space left", NO_SPACE),
@@ -57,10 +59,17 @@ def storage_errors(where: str) -> Iterator[None]:
     """Turn what a disk, an object store or pyarrow raises about `where` into a StorageError with its words."""
     try:
         yield
-    except (OSError, BotoCoreError, ClientError) as error:
+    except _client_errors() as error:
         words = _words(error)
         what, remedy = _refusal(error, words)
         raise StorageError(where, f"{what}: {words}", remedy) from error
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What disks, S3 and those of fsspec's HTTP clients that were imported raise."""
+    clients = (("aiohttp", "ClientError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"))
+    loaded = [getattr(sys.modules[module], name) for module, name in clients if module in sys.modules]
+    return (OSError, BotoCoreError, ClientError, *loaded)
 
 
 def _words(error: BaseException) -> str:
@@ -68,7 +77,7 @@ def _words(error: BaseException) -> str:
     words: list[str] = []
     cause: BaseException | None = error
     while cause is not None:
-        text = str(cause) or type(cause).__name__
+        text = " ".join(str(cause).split()) or type(cause).__name__
         if not any(text in known for known in words):
             words.append(text)
         cause = cause.__cause__
@@ -86,6 +95,11 @@ def _refusal(error: BaseException, words: str) -> tuple[str, str]:
     if isinstance(error, FileNotFoundError):
         return "does not exist", "Check the path"
     return "the store failed", "Try again; if it stays, check the store's health and your rights"
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    etag = str(info.get("ETag") or info.get("blob_id") or "").strip('"')
+    return f"{info['size']}:{etag}"
 
 
 class Storage:
@@ -167,9 +181,13 @@ class Storage:
                 continue
             if ".." in relative.split("/"):
                 raise StorageError(self.url_of(prefix), f"holds an object named {name!r}", "Rename or delete it")
-            etag = str(info.get("ETag", "")).strip('"')
-            stamps[posixpath.join(prefix, relative)] = f"{info['size']}:{etag}"
+            stamps[posixpath.join(prefix, relative)] = _stamp(info)
         return stamps
+
+    def stamp(self) -> str:
+        """The stamp of the one file that this is, without listing anything."""
+        with storage_errors(self.url):
+            return _stamp(self._fs().info(self._key("")))
 
     def read_bytes(self, path: str) -> bytes:
         """The content of a file."""

@@ -39,6 +39,26 @@ def test_a_corpus_can_be_a_path_alone(data: Any) -> None:
     assert check(tree(data=data)).data.sources == (SourceConfig(path="/corpus"),)
 
 
+def test_sources_can_have_weights() -> None:
+    entries = [{"source": "/a", "weight": 3}, {"path": "/b", "weight": 1, "text_column": "t"}]
+    expected = (SourceConfig(path="/a", weight=3), SourceConfig(path="/b", weight=1, text_column="t"))
+    assert check(tree(data=entries)).data.sources == expected
+    assert check(tree(data={"sources": entries})).data.sources == expected
+    with pytest.raises(ConfigError, match="/b has no weight, and other sources have one"):
+        check(tree(data=[{"source": "/a", "weight": 3}, "/b"]))
+    for weight in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"data\.sources\.0\.weight"):
+            check(tree(data=[{"source": "/a", "weight": weight}]))
+
+
+def test_a_data_set_of_the_hub_is_named_in_full() -> None:
+    for path in ("hub:org/name", "hub:org/name:config", "hub:org/name::test:column"):
+        assert check(tree(data=path)).data.sources == (SourceConfig(path=path),)
+    for path in ("hub:name", "hub:org/name/more", "hub:org/name:a:b:c:d"):
+        with pytest.raises(ConfigError, match=r"not a data set's name\. Write hub:ORG/NAME"):
+            check(tree(data=path))
+
+
 def test_the_quantisation_section_is_a_quant_spec() -> None:
     quant = QuantConfig(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)
     expected = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group_size=None, activation_bits=8)

@@ -1,4 +1,4 @@
-"""python -m bitdistill_ray.bench kernels|decode|teacher|train [--device cpu|cuda] [--threads N] [--json FILE] …
+"""python -m bitdistill_ray.bench kernels|decode|teacher|train|data [--device cpu|cuda] [--threads N] [--json FILE] …
 
 Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
 
@@ -7,6 +7,7 @@ Measures, and never judges.  Every value stands beside a limit that was measured
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
               top-k answers cost in the cache
     train     a training step: what the live teacher, the quantisers and the chunked loss cost
+    data      files to packed sequences, beside the tokenizer alone; peak memory as the text grows
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ def parser() -> argparse.ArgumentParser:
         help="of the random model, the step and the loss; 0.6b: Qwen3-0.6B's shape, 8 x 2048 tokens (default on a GPU)",
     )
     train.set_defaults(run=_train)
+
+    data = kinds.add_parser("data", parents=[shared])
+    data.add_argument("--data", metavar="SOURCE", help="take the text from there (default: made up)")
+    data.add_argument("--tokenizer", metavar="SOURCE", help="default: a BPE learned from the text")
+    data.add_argument("--megabytes", type=float, default=2, help="of text (default 2)")
+    data.add_argument("--times", type=int, default=10, help="as much, for the peak of memory (default 10)")
+    data.set_defaults(run=_data)
     return command
 
 
@@ -141,3 +149,13 @@ def _train(options: argparse.Namespace) -> list[Row]:
         specs = [kernels.parse_format(name) for name in options.formats.split(",")]
         small = (options.size or ("0.6b" if options.device == "cuda" else "small")) == "small"
         return train.measure(options.model, specs, machine, train.SMALL if small else train.LARGE)
+
+
+def _data(options: argparse.Namespace) -> list[Row]:
+    from bitdistill_ray.bench import data
+
+    for name, value, least in (("--megabytes", options.megabytes, 0.1), ("--times", options.times, 2)):
+        if not value >= least:
+            raise ConfigError(name, f"{value}", f"Give at least {least}")
+    load = data.Load(megabytes=options.megabytes, times=options.times, data=options.data, tokenizer=options.tokenizer)
+    return data.measure(load)

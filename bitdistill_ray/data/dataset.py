@@ -10,8 +10,10 @@ Data lets a task run ahead of its reader by a few blocks only, and `concurrency`
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -29,16 +31,39 @@ from bitdistill_ray.ray_errors import user_error
 
 TASKS_PER_DATASET = 1024
 TARGET_BLOCK_BYTES = 8 << 20
+STORE_FRACTION = 0.25  # of the object store, for what several streams read ahead
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RayReading:
     """What the readers may use: `concurrency` units at a time (None: as many as there are free CPUs), and per unit
-    `cpus` and `memory` bytes (None: not accounted for)."""
+    `cpus` and `memory` bytes (None: not accounted for).  `store` is this stream's part of what is held ready."""
 
     concurrency: int | None = None
     cpus: float = 1
     memory: int | None = None
+    store: float = 1
+
+
+def free_cpus() -> float:
+    """CPUs that nobody has taken now; at least 1."""
+    return max(1.0, float(ray.available_resources().get("CPU", 0)))
+
+
+def divide(reading: RayReading, shares: Sequence[Fraction], *, free: float) -> list[RayReading]:
+    """What each of several streams that are read side by side may use, where `free` CPUs are free.
+
+    A reader that is ahead of its stream stands still without giving its CPU back, so the readers of all streams must
+    fit on the cluster at once, or one stream's could wait for ever behind another's: units at a time are divided by the
+    shares, at least one each, and where that is more than there are CPUs a reader takes a fraction of one.
+    """
+    if len(shares) == 1:
+        return [reading]
+    slots = free / reading.cpus if reading.cpus else float(reading.concurrency or len(shares))
+    slots = min(slots, reading.concurrency) if reading.concurrency else slots
+    units = [max(1, int(share * int(max(slots, 1)))) for share in shares]
+    cpus = min(reading.cpus, math.floor(1000 * free / sum(units)) / 1000)
+    return [replace(reading, concurrency=count, cpus=cpus, store=reading.store / len(units)) for count in units]
 
 
 def read_here(tasks: Iterator[UnitTask], corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
@@ -70,6 +95,8 @@ def _dataset(tasks: list[UnitTask], corpus: CorpusSpec, encoder: Encoder, readin
     context = dataset.context  # this dataset's own copy
     context.execution_options = copy.copy(context.execution_options)
     context.execution_options.preserve_order = True
+    if reading.store < 1:
+        context.override_object_store_memory_limit_fraction = STORE_FRACTION * reading.store
     context.target_max_block_size = TARGET_BLOCK_BYTES
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from bitdistill_ray.data.readers import Record, read_jsonl, read_parquet, read_text
+from bitdistill_ray.data.readers import Record, read_arrow, read_jsonl, read_parquet, read_text
 from bitdistill_ray.data.sources import CorpusSpec, FileFormat
 from bitdistill_ray.data.units import Unit, compression, file_format
 
@@ -80,6 +80,8 @@ def read_documents(unit: Unit, corpus: CorpusSpec, counts: Counts) -> Iterator[P
     records: Iterator[Record]
     if kind is FileFormat.PARQUET:
         records = read_parquet(storage, source.columns, unit.row_group)
+    elif kind is FileFormat.ARROW:
+        records = read_arrow(storage, source.columns)
     else:
         max_line = limit * MAX_BYTES_PER_CHARACTER + LINE_OVERHEAD
         records = read_jsonl(storage, compression(unit.url), source.columns, max_line)

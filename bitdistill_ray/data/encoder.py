@@ -40,8 +40,13 @@ class Encoder:
         """int32 ids of each text, without any special token added around it."""
         if not texts:
             return []
-        encodings = _backend(self.definition).encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    @property
+    def backend(self) -> Any:
+        """The tokenizer itself, of the library `tokenizers`."""
+        return _backend(self.definition)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ restarted where its ledger was when it was made, and reads forward to the step t
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -20,16 +20,16 @@ from typing import Any
 
 from bitdistill_ray.data.batch import BatchArrays, share, stack
 from bitdistill_ray.data.blocks import Block, UnitTask
-from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray
-from bitdistill_ray.data.encoder import load_encoder
-from bitdistill_ray.data.ledger import Cursor, Ledger, corpus_fingerprint
+from bitdistill_ray.data.dataset import RayReading, divide, free_cpus, read_here, read_on_ray
+from bitdistill_ray.data.documents import Counts
+from bitdistill_ray.data.encoder import Encoder, load_encoder
+from bitdistill_ray.data.ledger import Ledger, corpus_fingerprint
+from bitdistill_ray.data.mixture import Mixture, Part, parts_of
 from bitdistill_ray.data.prefetch import Prefetcher
 from bitdistill_ray.data.sources import CorpusSpec
 from bitdistill_ray.data.stream import Stream
 from bitdistill_ray.data.units import list_units
 from bitdistill_ray.errors import ConfigError, DataError
-
-STREAM = "corpus"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Feeder:
         self.prefetch_steps, self.keep_steps = prefetch_steps, keep_steps
         self._reading = reading
         self._resume_from = ledger
-        self._stream: Stream | None = None
+        self._mixture: Mixture | None = None
         self._steps: Prefetcher[Step] | None = None
         self._kept: dict[int, Step] = {}
         self._lock = threading.RLock()
@@ -82,16 +82,16 @@ class Feeder:
         ModelError (the tokenizer).  Calling it again does nothing.
         """
         with self._lock:
-            if self._stream is None:
+            if self._mixture is None:
                 encoder = load_encoder(self.corpus.tokenizer, end_token=self.corpus.end_token)
                 units = list_units(self.corpus)
-                reader = partial(_read, corpus=self.corpus, encoder=encoder, reading=self._reading)
                 fingerprint = corpus_fingerprint(self.corpus, units, encoder)
                 start = Ledger(corpus=fingerprint)
                 if self._resume_from is not None:
                     start = Ledger.from_dict(self._resume_from)
                     start.check(fingerprint)
-                self._stream, self._start, self._last = Stream(self.corpus, units, reader), start, start
+                self._mixture = _mixture(self.corpus, parts_of(self.corpus, units), encoder, self._reading)
+                self._start = self._last = start
                 self._steps = Prefetcher(self._make_steps(start), self.prefetch_steps)
             return self._last.to_dict()
 
@@ -125,14 +125,19 @@ class Feeder:
 
     def counts(self) -> dict[str, int]:
         """What happened to documents (used, empty, cut, and so on) in the units read so far of the pass begun in."""
-        return asdict(self._stream.counts) if self._stream is not None else {}
+        if self._mixture is None:
+            return {}
+        total = Counts()
+        for stream in self._mixture.streams.values():
+            total.add(stream.counts.to_array())
+        return asdict(total)
 
     def close(self) -> None:
         """Stop reading; another request opens it again where it began."""
         with self._lock:
             if self._steps is not None:
                 self._steps.close()
-            self._steps, self._stream, self._kept = None, None, {}
+            self._steps, self._mixture, self._kept = None, None, {}
 
     def _step(self, step: int) -> Step:
         with self._lock:
@@ -149,16 +154,27 @@ class Feeder:
             return self._kept[step]
 
     def _make_steps(self, ledger: Ledger) -> Generator[Step, None, None]:
-        assert self._stream is not None
-        sequences = self._stream.sequences(ledger.cursors.get(STREAM, Cursor()))
+        assert self._mixture is not None
+        sequences = self._mixture.sequences(ledger.position, ledger.cursors)
         while True:
             chosen = list(islice(sequences, self.sequences_per_step))
-            ledger = ledger.advance((sequence.id for sequence in chosen), {STREAM: chosen[-1].after})
-            yield Step(stack(chosen), ledger)
+            cursors = {**ledger.cursors, **{name: sequence.after for name, sequence in chosen}}
+            ledger = ledger.advance((sequence.id for _, sequence in chosen), cursors)
+            yield Step(stack([sequence for _, sequence in chosen]), ledger)
+
+
+def _mixture(corpus: CorpusSpec, parts: Sequence[Part], encoder: Encoder, reading: RayReading | None) -> Mixture:
+    shares = [part.share for part in parts]
+    readings = [None] * len(parts) if reading is None else divide(reading, shares, free=free_cpus())
+    streams = {
+        part.name: Stream(part.corpus, part.units, partial(_read, corpus=part.corpus, encoder=encoder, reading=one))
+        for part, one in zip(parts, readings, strict=True)
+    }
+    return Mixture(streams, shares, seed=corpus.seed)
 
 
 def _read(
-    tasks: Iterator[UnitTask], *, corpus: CorpusSpec, encoder: Any, reading: RayReading | None
+    tasks: Iterator[UnitTask], *, corpus: CorpusSpec, encoder: Encoder, reading: RayReading | None
 ) -> Iterator[Block]:
     if reading is None:
         return read_here(tasks, corpus, encoder)

@@ -52,7 +52,7 @@ class Ledger:
     position  sequences consumed
     digest    rolling sha256 of their ids, hex ("" at the start)
     corpus    fingerprints of what decides the order; `check` compares them
-    cursors   where to go on, per stream (today there is one, STREAM)
+    cursors   where to go on, per stream: the one of a corpus, or one for each weighted source that gave anything yet
     """
 
     corpus: Mapping[str, str]
@@ -71,7 +71,7 @@ class Ledger:
 
     def check(self, corpus: Mapping[str, str]) -> None:
         """Raise DataError unless `corpus` (of `corpus_fingerprint`) has the order of sequences of this ledger's."""
-        changed = [key for key in corpus if self.corpus.get(key) != corpus[key]]
+        changed = [key for key in CHANGES if self.corpus.get(key) != corpus.get(key)]
         if changed:
             reasons = ", ".join(CHANGES[key] for key in changed)
             raise DataError("data ledger", f"cannot go on from step {self.step}: {reasons} changed since",
@@ -102,19 +102,26 @@ CHANGES = {
     "tokenizer": "the tokenizer or the end token",
     "packing": "how documents become sequences (sequence length, columns, limits)",
     "order": "the seed or the shuffle window",
+    "mixture": "the weights of the sources",
 }
 
 
 def corpus_fingerprint(corpus: CorpusSpec, units: Iterable[Unit], encoder: Encoder) -> dict[str, str]:
-    """sha256 of each thing that decides which sequences there are and in which order; keys are those of CHANGES."""
+    """sha256 of each thing that decides which sequences there are and in which order; keys are those of CHANGES.
+
+    Only a weighted corpus has a "mixture".
+    """
     labels = [source.label for source in corpus.sources]
-    return {
+    found = {
         "units": _sha256([[labels[unit.source], unit.name, unit.stamp] for unit in units]),
         "tokenizer": encoder.fingerprint,
         "packing": _sha256([corpus.sequence_length, corpus.max_document_characters, corpus.prompt_is_target,
                             [list(source.columns) for source in corpus.sources]]),
         "order": _sha256([corpus.seed, corpus.window]),
     }  # fmt: skip
+    if corpus.is_weighted:
+        found["mixture"] = _sha256([[label, str(share)] for label, share in zip(labels, corpus.shares, strict=True)])
+    return found
 
 
 def _sha256(content: Any) -> str:

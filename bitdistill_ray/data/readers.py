@@ -1,8 +1,9 @@
-"""Files to records: parquet, JSONL and plain text, a piece at a time.
+"""Files to records: parquet, Arrow, JSONL and plain text, a piece at a time.
 
 A record is one value per wanted column, or None where the file has none.  Nothing is held whole: parquet comes in
-batches of rows, JSONL line by line, text in chunks; so the largest thing in memory is one record.  Every complaint
-names the file and the place in it.
+batches of rows (of however large a row group), Arrow in its own batches, JSONL line by line, text in chunks; so the
+largest thing in memory is one record, or one batch of an Arrow file.  Every complaint names the file and the place in
+it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Record = tuple[str | None, ...]
 
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 64
+ARROW_MAGIC = b"ARROW1"
 UTF8_BOM = b"\xef\xbb\xbf"
 ENCODING_REMEDY = "Convert the file to UTF-8 (for example with iconv), or leave it out"
 
@@ -30,14 +32,14 @@ ENCODING_REMEDY = "Convert the file to UTF-8 (for example with iconv), or leave 
 def reading_errors(where: str) -> Iterator[None]:
     """Tell a store that failed (StorageError) from a file that is damaged (DataError).
 
-    pyarrow raises OSError for both; those of a store carry an errno or the words of its client.
+    pyarrow raises OSError for both; those of a store carry an errno or the words of its client, or its client's type.
     """
     try:
         with storage_errors(where):
             try:
                 yield
             except OSError as error:
-                if error.errno is not None or "AWS Error" in str(error):
+                if type(error) is not OSError or error.errno is not None or "AWS Error" in str(error):
                     raise
                 raise _corrupt(where, error) from error
     except pa.ArrowException as error:
@@ -64,8 +66,27 @@ def read_parquet(storage: Storage, columns: Sequence[str], row_group: int) -> It
         row = 0
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[row_group], columns=list(columns)):
             for values in zip(*(batch.column(column) for column in columns), strict=True):
-                yield tuple(_parquet_text(where, row_group, row, value) for value in values)
+                yield tuple(_arrow_text(where, f"row {row} in row group {row_group}", value) for value in values)
                 row += 1
+
+
+def read_arrow(storage: Storage, columns: Sequence[str]) -> Iterator[Record]:
+    """The records of an Arrow file (the stream or the file format, as `datasets` saves them), batch by batch.
+
+    Raises as `read_parquet` does.
+    """
+    where = storage.url
+    filesystem, path = storage.arrow_filesystem()
+    with reading_errors(where), filesystem.open_input_file(path) as handle:
+        is_file = handle.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        handle.seek(0)
+        reader = pa.ipc.open_file(handle) if is_file else pa.ipc.open_stream(handle)
+        for column in columns:
+            _check_column(where, reader.schema, column)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for number, batch in enumerate(batches):
+            for row, values in enumerate(zip(*(batch.column(column) for column in columns), strict=True)):
+                yield tuple(_arrow_text(where, f"row {row} of batch {number}", value) for value in values)
 
 
 def _check_column(where: str, schema: Any, column: str) -> None:
@@ -77,12 +98,11 @@ def _check_column(where: str, schema: Any, column: str) -> None:
         raise DataError(where, f"column {column!r} holds {kind}, not text", "Name a column of strings")
 
 
-def _parquet_text(where: str, row_group: int, row: int, value: Any) -> str | None:
+def _arrow_text(where: str, row: str, value: Any) -> str | None:
     try:
         text = value.as_py()
     except UnicodeDecodeError as error:
-        place = f"byte {error.start} of row {row} in row group {row_group}"
-        raise DataError(where, f"not UTF-8 at {place}", ENCODING_REMEDY) from error
+        raise DataError(where, f"not UTF-8 at byte {error.start} of {row}", ENCODING_REMEDY) from error
     return None if text is None else str(text)
 
 

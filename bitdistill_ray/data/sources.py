@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
+from fractions import Fraction
 
+from bitdistill_ray.data.hub_id import HubId
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
 
@@ -16,8 +18,9 @@ GLOB_CHARACTERS = "*?["
 
 
 class FileFormat(StrEnum):
-    """How a file holds documents; the first and last may be compressed with gzip or zstd as a whole."""
+    """How a file holds documents; JSONL and text may be compressed with gzip or zstd as a whole."""
 
+    ARROW = "arrow"
     JSONL = "jsonl"
     PARQUET = "parquet"
     TEXT = "text"
@@ -28,16 +31,18 @@ class Source:
     """Files of one kind of document.
 
     path             a folder (all files below it), a file, or a glob (`*` stays in a folder, `**` does not); local or
-                     any URL of `Storage`
+                     any URL of `Storage`; or `hub:ORG/NAME[:CONFIG[:SPLIT[:COLUMN]]]`
     name             first part of the sequence ids; empty: the last part of the path
     text_column      the column, or JSON key, of plain documents
     prompt_column    with response_column: supervised pairs instead of plain documents
+    weight           its share of the sequences, against the other sources' weights; None: all sources are one stream
     endpoint_url, region, anonymous    as in `Storage`
     """
 
     path: str
     _: KW_ONLY
     name: str = ""
+    weight: float | None = None
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
@@ -49,6 +54,8 @@ class Source:
         if (self.prompt_column is None) != (self.response_column is None):
             raise ConfigError(f"data.sources: {self.path}", "only one of prompt_column and response_column is given",
                               "Give both for supervised pairs, or neither for plain text")  # fmt: skip
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise ConfigError(f"data.sources: {self.path}", f"a weight of {self.weight}", "Give a number above 0")
 
     @property
     def label(self) -> str:
@@ -61,7 +68,13 @@ class Source:
         """The columns to read: (text,) or (prompt, response)."""
         if self.prompt_column is not None and self.response_column is not None:
             return self.prompt_column, self.response_column
-        return (self.text_column,)
+        hub = self.hub
+        return (hub.column or self.text_column if hub else self.text_column,)
+
+    @property
+    def hub(self) -> HubId | None:
+        """The Hugging Face data set that `path` names with `hub:`, or None."""
+        return HubId.parse(self.path)
 
     @property
     def is_supervised(self) -> bool:
@@ -70,8 +83,9 @@ class Source:
 
     @property
     def is_glob(self) -> bool:
-        """Whether the path is a pattern."""
-        return self._is_glob(self.path)
+        """Whether the path is a pattern; in a web address `?` opens the query."""
+        is_web = self.path.startswith(("http://", "https://"))
+        return self._is_glob(self.path.partition("?")[0] if is_web else self.path)
 
     def storage(self, url: str) -> Storage:
         """The store at `url`, with this source's options."""
@@ -114,6 +128,20 @@ class CorpusSpec:
         for label in labels:
             if labels.count(label) > 1:
                 raise ConfigError("data.sources", f"two sources are called {label!r}", "Give each a `name` of its own")
+        if len({source.weight is None for source in self.sources}) > 1:
+            raise ConfigError("data.sources", "some sources have a weight and some have none",
+                              "Give each a `weight`, or none of them")  # fmt: skip
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether the sources are a mixture with weights, each a stream of its own."""
+        return self.sources[0].weight is not None
+
+    @property
+    def shares(self) -> tuple[Fraction, ...]:
+        """The weights of a weighted mixture, summing to 1 exactly."""
+        weights = [Fraction(source.weight or 0) for source in self.sources]
+        return tuple(weight / sum(weights) for weight in weights)
 
 
 def escape_id(part: str) -> str:

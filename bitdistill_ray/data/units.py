@@ -1,8 +1,9 @@
 """The units of a corpus: what one worker reads from start to end, and what a resumed run skips whole.
 
-A unit is a row group of a parquet file, or a whole JSONL or text file.  They are listed in the order of their names, so
-that the list, and with it every sequence id, depends on the files alone.  A unit's stamp (size, and the store's ETag
-where there is one) goes into the ledger's fingerprint: a resumed run notices files that were added, lost or replaced.
+A unit is a row group of a parquet file, or a whole Arrow, JSONL or text file.  They are listed in the order of their
+names, so that the list, and with it every sequence id, depends on the files alone.  A unit's stamp (size, and the
+store's ETag where there is one) goes into the ledger's fingerprint: a resumed run notices files that were added, lost
+or replaced.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fsspec.utils import glob_translate
 from pyarrow import fs
 from pyarrow import parquet as pq
 
+from bitdistill_ray.data.hub import resolve_hub
 from bitdistill_ray.data.readers import reading_errors
 from bitdistill_ray.data.sources import GLOB_CHARACTERS, CorpusSpec, FileFormat, Source, escape_id
 from bitdistill_ray.errors import DataError
@@ -25,7 +27,9 @@ from bitdistill_ray.storage import storage_errors
 WHOLE_FILE = -1
 FOOTER_READERS = 16
 ENDINGS = {".parquet": FileFormat.PARQUET, ".jsonl": FileFormat.JSONL, ".ndjson": FileFormat.JSONL,
-           ".txt": FileFormat.TEXT}  # fmt: skip
+           ".txt": FileFormat.TEXT, ".arrow": FileFormat.ARROW}  # fmt: skip
+COMPRESSIBLE = (FileFormat.JSONL, FileFormat.TEXT)
+WEB = ("http://", "https://")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -57,16 +61,20 @@ class FoundFile:
 
 def file_format(path: str) -> FileFormat | None:
     """The format that a file's name tells, or None."""
-    stem, ending = posixpath.splitext(path.lower())
+    stem, ending = posixpath.splitext(_without_query(path).lower())
     if ending in COMPRESSIONS:
         found = ENDINGS.get(posixpath.splitext(stem)[1])
-        return None if found is FileFormat.PARQUET else found
+        return found if found in COMPRESSIBLE else None
     return ENDINGS.get(ending)
 
 
 def compression(path: str) -> str | None:
     """pyarrow's name of the codec that a file's name tells, or None."""
-    return COMPRESSIONS.get(posixpath.splitext(path.lower())[1])
+    return COMPRESSIONS.get(posixpath.splitext(_without_query(path).lower())[1])
+
+
+def _without_query(path: str) -> str:
+    return path.partition("?")[0] if path.startswith(WEB) else path
 
 
 def find_files(source: Source) -> list[FoundFile]:
@@ -75,7 +83,12 @@ def find_files(source: Source) -> list[FoundFile]:
     Files of other kinds, and those whose path has a part that begins with `.` or `_`, are passed over.
     Raises StorageError (no such bucket, no access, no such path) and DataError (nothing that can be read).
     """
+    source = resolve_hub(source)
     pattern: str | None = None
+    if source.path.startswith(WEB) and file_format(source.path) is not None and not source.is_glob:
+        storage = source.storage(source.path)  # to list it would be to download it
+        name = posixpath.basename(_without_query(source.path))
+        return [FoundFile(url=storage.url, path=name, stamp=storage.stamp())]
     root = source.path.rstrip("/")
     if source.is_glob:
         first = min(root.index(character) for character in GLOB_CHARACTERS if character in root)
@@ -96,7 +109,7 @@ def find_files(source: Source) -> list[FoundFile]:
     if not found:
         others = f"only {', '.join(sorted(stamps)[:3])}" if stamps else "no file"
         raise DataError(source.path, f"{others}: nothing to read",
-                        "Give .parquet, .jsonl, .txt files (the last two also as .gz or .zst)")  # fmt: skip
+                        "Give .parquet, .arrow, .jsonl, .txt files (the last two also as .gz or .zst)")  # fmt: skip
     return sorted(found, key=lambda file: file.path)
 
 
@@ -111,7 +124,7 @@ def _single_file(source: Source) -> FoundFile:
         raise DataError(source.path, "an empty folder", "Check the path")
     if file_format(source.path) is None:
         raise DataError(source.path, "a file of an unknown kind",
-                        "Give .parquet, .jsonl or .txt (the last two also as .gz or .zst)")  # fmt: skip
+                        "Give .parquet, .arrow, .jsonl or .txt (the last two also as .gz or .zst)")  # fmt: skip
     return FoundFile(url=storage.url, path=posixpath.basename(path), stamp=f"{info.size}:")
 
 

@@ -33,7 +33,9 @@ def corpus_of(context: StageContext, tokenizer: str) -> CorpusSpec:
             configured = wanted
     sources = [source_of(context, source) for source in configured]
     if text is not None:
-        sources.append(source_of(context, SourceConfig(path=context.run.storage.url_of(text)), name=WRITTEN))
+        weight = 1.0 if any(source.weight for source in sources) else None
+        written = SourceConfig(path=context.run.storage.url_of(text), name=WRITTEN, weight=weight)
+        sources.append(source_of(context, written))
     if not sources:
         raise ConfigError(f"stages.{context.name}.sources", f"{wanted!r} finds no text",
                           "Set data=PATH, or put a `write` stage before it")  # fmt: skip
@@ -57,12 +59,13 @@ def first_batches(corpus: CorpusSpec, sequences: int, *, batch: int = 4) -> list
         feeder.close()
 
 
-def source_of(context: StageContext, source: SourceConfig, name: str = "") -> Source:
+def source_of(context: StageContext, source: SourceConfig) -> Source:
     """A configured source with the run's storage options."""
     storage = context.config.storage
     return Source(
         source.path,
-        name=name,
+        name=source.name,
+        weight=source.weight,
         text_column=source.text_column,
         prompt_column=source.prompt_column,
         response_column=source.response_column,

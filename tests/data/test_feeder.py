@@ -20,8 +20,9 @@ from bitdistill_ray.data import blocks
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.data.documents import Counts, Pair, Piece, read_documents
 from bitdistill_ray.data.encoder import Encoder, load_encoder
-from bitdistill_ray.data.feeder import STREAM, Feeder
+from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.ledger import Cursor
+from bitdistill_ray.data.mixture import STREAM
 from bitdistill_ray.data.shuffle import unit_order
 from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.data.units import Unit, list_units
