@@ -32,6 +32,7 @@ from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor, ProgressBar
 from bitdistill_ray.student.objective import objective_of
+from bitdistill_ray.student.preemption import preempted
 from bitdistill_ray.student.worker import train_worker
 from bitdistill_ray.teacher.pool import TeacherPool
 
@@ -107,7 +108,8 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
             interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
-        raise refused or user_error(error) or full_disk(error, context.run.storage) or error from None
+        known = user_error(error) or full_disk(error, context.run.storage) or preempted(error, f"stages.{context.name}")
+        raise refused or known or error from None
     ray.get(monitor.flush.remote())
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
     forget(context.run.storage, context.name, best=options.keep_best)

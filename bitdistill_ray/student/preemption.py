@@ -18,9 +18,19 @@ from types import FrameType
 
 import ray.train
 
+from bitdistill_ray.errors import BitdistillError
+
 
 class PreemptedError(Exception):
     """This attempt saved and ended because one of its workers was told to; the next one goes on from there."""
+
+
+def preempted(error: BaseException, where: str) -> BitdistillError | None:
+    """What to say of a stage that ended because a worker was told to go, None of any other failure."""
+    if PreemptedError.__name__ not in str(error):
+        return None
+    return BitdistillError(where, "a worker was told to stop (SIGTERM) and no restart is left (student.max_failures)",
+                           "Give the same command again; it goes on from the step that was saved")  # fmt: skip
 
 
 class Notice:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -32,12 +33,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.m
 SAME = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "loss", "learning_rate", "grad_norm",
         "tokens")  # fmt: skip
 STEPS = 8
+RESUMED = rf"resumes at step [24] of {STEPS}"  # the upload of step 4 may still have been under way
 
 
 def overrides_of(root: Path) -> tuple[str, ...]:
     return (f"data={root}/corpus.jsonl", "stages.write=false", "stages.clip=false", "stages.export=false",
             "stages.evaluate=false", "stages.distill.tokens=1024", "student.dtype=fp32",
-            "teacher.dtype=fp32")  # fmt: skip
+            "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
 
 
 def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:
@@ -107,7 +109,7 @@ def test_a_killed_student_worker_resumes_with_the_same_rows(
     monkeypatch.setattr(training, "train_worker", killed_once)
     finish(victim)
     assert (victim / "died").exists()
-    assert f"resumes at step 4 of {STEPS}" in capsys.readouterr().out
+    assert re.search(RESUMED, capsys.readouterr().out)
     same_rows(victim, alone)
     assert not (victim / "checkpoints/distill").exists()
 
@@ -156,7 +158,7 @@ def on_a_ray_of_its_own(fault: str, folder: Path) -> str:
 def test_a_removed_ray_node_resumes_with_the_same_rows(alone: Path, victim: Path) -> None:
     said = on_a_ray_of_its_own("node", victim)
     assert "removed the student's node" in said
-    assert f"resumes at step 4 of {STEPS}" in said
+    assert re.search(RESUMED, said)
     same_rows(victim, alone)
 
 
