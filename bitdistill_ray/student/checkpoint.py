@@ -33,6 +33,7 @@ from bitdistill_ray.student.retention import Saved, kept
 TAG = "state"
 FOLDER = "checkpoints"
 LATEST = "latest.json"
+SCRATCH = ".checkpoint-"
 POLL_S = 0.2
 MORE_SPACE = "Free some space; the same command continues from the checkpoint before"
 
@@ -87,9 +88,10 @@ class Checkpoints:
         """
         self.wait()
         dist.barrier()
-        scratch = tempfile.mkdtemp(prefix=".checkpoint-", dir=self.run.url if self.run.is_local else None)
+        scratch = tempfile.mkdtemp(prefix=SCRATCH, dir=self.run.url if self.run.is_local else None)
         try:
             engine.save_checkpoint(scratch, tag=TAG, client_state={"position": asdict(position)}, save_latest=False)
+            (Path(scratch) / "rank.json").write_text(json.dumps({"rank": self.rank, "ranks": self.ranks}))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns ENOSPC into a RuntimeError
             full = _is_full(error, scratch)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -97,7 +99,6 @@ class Checkpoints:
                 raise
             words = f"no space left for the checkpoint of step {position.step}"
             raise StorageError(scratch, words, MORE_SPACE) from error
-        (Path(scratch) / "rank.json").write_text(json.dumps({"rank": self.rank, "ranks": self.ranks}))
         name = f"step-{position.step:08}-{self.attempt}"
         saved = Saved(folder=name, step=position.step, ranks=self.ranks, zero=self.zero, loss=loss)
         self._pending = self._thread.submit(self._upload, scratch, saved)
@@ -164,6 +165,12 @@ def newest_good(run: Storage, stage: str, say: Callable[[str], None]) -> Saved |
             return saved
         say(f"the checkpoint of step {saved.step} is damaged: going by the one before")
     return None
+
+
+def sweep(run: Storage) -> None:
+    """Remove the snapshots that killed attempts left beside a local run; call it before this attempt makes any."""
+    for folder in Path(run.url).glob(f"{SCRATCH}*") if run.is_local else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def gather(run: Storage, stage: str, saved: Saved, folder: Path) -> Path:

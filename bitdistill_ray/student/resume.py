@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
-from bitdistill_ray.student.checkpoint import TAG, Position, gather, newest_good
+from bitdistill_ray.student.checkpoint import TAG, Position, gather, newest_good, sweep
 from bitdistill_ray.student.retention import Saved
 
 
@@ -60,6 +60,8 @@ def resume(
     Raises:
         ConfigError: it was saved under another ZeRO stage.
     """
+    if place.rank == 0:
+        sweep(run)
     found: list[Saved | None] = [newest_good(run, stage, say) if place.rank == 0 else None]
     dist.broadcast_object_list(found, device=device)
     saved = found[0]

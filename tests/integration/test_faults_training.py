@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.stages import training
 from bitdistill_ray.storage import Storage
 from bitdistill_ray.student.job import TrainJob
@@ -30,8 +31,8 @@ from tests.road import tiny_config, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
-SAME = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "loss", "learning_rate", "grad_norm",
-        "tokens")  # fmt: skip
+SEQUENCES = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "learning_rate", "tokens")
+SAME = (*SEQUENCES, "loss", "grad_norm")
 STEPS = 8
 RESUMED = rf"resumes at step [24] of {STEPS}"  # the upload of step 4 may still have been under way
 
@@ -124,6 +125,22 @@ def test_sigterm_saves_at_the_next_step_and_resumes_with_the_same_rows(
     assert "told to stop (SIGTERM): saved step" in said
     assert "resumes at step 5 " in said or "resumes at step 6 " in said
     same_rows(victim, alone)
+
+
+def test_another_number_of_workers_goes_on_with_the_same_sequences(
+    alone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is told to stop and no restart is left; two workers go on from its checkpoint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_worker", told_to_stop_once)
+        with pytest.raises(BitdistillError, match=r"stages\.distill: a worker was told to stop .* no restart is left"):
+            finish(victim, "student.zero=2", "student.max_failures=0")
+    assert [row["step"] for row in rows_of(victim)] in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5])
+    finish(victim, "student.zero=2", "student.workers=2")
+    for found, wanted in zip(rows_of(victim), rows_of(alone), strict=True):
+        assert {k: found[k] for k in SEQUENCES} == {k: wanted[k] for k in SEQUENCES}
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
 
 
 def test_a_killed_driver_resubmitted_has_the_same_rows(alone: Path, victim: Path) -> None:
