@@ -85,6 +85,10 @@ class StorageConfig(Strict):
     """S3 endpoint other than AWS; empty: AWS_ENDPOINT_URL, then AWS."""
     region: str | None = None
     anonymous: bool = False
+    timeout_s: float = Field(60, gt=0)
+    """A request that is silent for so long is given up and made again."""
+    patience_s: float = Field(120, ge=0)
+    """How long a store that answers 503, or not at all, is asked again before a run stops and says why."""
 
 
 class DataConfig(Strict):
@@ -165,6 +169,10 @@ class StudentConfig(Strict):
     """Tokens whose logits exist at a time in the loss."""
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint before the stage gives up."""
+    checkpoint_timeout_s: float = Field(1800, gt=0)
+    """How long the upload of a checkpoint may take before the attempt is given up."""
+    preemption_check_every: int = Field(10, ge=1)
+    """Steps between questions to Ray whether a node is about to be taken away (a barrier of all workers)."""
 
     def passes(self, batch_sequences: int) -> int:
         """Micro-batches of one worker in an optimiser step of `batch_sequences` over all workers."""

@@ -51,7 +51,8 @@ class StageRecord:
 
 def storage_opener(config: StorageConfig) -> Callable[[str], Storage]:
     """What opens a URL with the configured endpoint."""
-    return partial(Storage, endpoint_url=config.endpoint_url, anonymous=config.anonymous, region=config.region)
+    return partial(Storage, endpoint_url=config.endpoint_url, anonymous=config.anonymous, region=config.region,
+                   patience_s=config.patience_s, timeout_s=config.timeout_s)  # fmt: skip
 
 
 class RunFolder:

@@ -186,6 +186,9 @@ class TrainStage(Strict):
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)
+    """The newest ones that are kept while the stage is under way."""
+    keep_best: int = Field(0, ge=0)
+    """Also keep so many with the lowest mean loss since the checkpoint before; they stay when the stage is finished."""
     sources: Literal["auto", "written", "corpus", "task"] | Sources = "auto"
     """written: by the `write` stage; corpus: `data.sources`; task: `data.task`; auto: written and corpus, whichever
     there are.  Or paths of its own."""

@@ -5,7 +5,8 @@ are faster on S3.  Two promises hold everywhere.  A reader sees a whole file or 
 place, an object appears when its upload ends.  And a folder is whole or visibly not: `upload_folder` writes the
 manifest `.complete.json` (name -> bytes) last, and removes an old one first.
 
-What a store refuses becomes a StorageError that keeps the store's own words.
+What a store refuses becomes a StorageError that keeps the store's own words; what it may grant a little later
+(`storage_retry.py`) is asked again for `patience_s`.
 """
 
 from __future__ import annotations
@@ -17,23 +18,28 @@ import posixpath
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError  # type: ignore[import-untyped]
 
 from bitdistill_ray import env
 from bitdistill_ray.errors import StorageError
+from bitdistill_ray.storage_retry import patiently
 
+Result = TypeVar("Result")
 MANIFEST = ".complete.json"
 
 LOCAL_PROTOCOLS = ("file", "local")
 S3_PROTOCOLS = ("s3", "s3a")
-# Patient enough for a hiccup, short enough that a wrong endpoint is reported within half a minute.
-S3_CLIENT = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3, "mode": "standard"}}
+# One try of botocore's, two of s3fs's: enough for a hiccup; longer patience is `storage_retry`'s, which says so.
+S3_CLIENT = {"connect_timeout": 10, "retries": {"total_max_attempts": 1, "mode": "standard"}}
+S3FS_TRIES = 2
+PATIENCE_S = 120.0
+TIMEOUT_S = 60.0
 
 # What the words of a store mean: (any of these phrases in the error's text) -> (what, remedy).
 NO_BUCKET = "no such bucket"
@@ -107,7 +113,8 @@ class Storage:
 
     Paths given to the methods are relative to it, with forward slashes; "" is the folder itself.  Instances hold no
     connection and can be pickled.  `endpoint_url` (default: AWS_ENDPOINT_URL), `anonymous` and `region` apply to S3;
-    credentials come from where S3 clients look for them.
+    credentials come from where S3 clients look for them.  `timeout_s` bounds one request's silence, `patience_s` all
+    attempts at one operation together.
 
     Raises StorageError from every method: no such bucket, access denied, unreachable, no space left, not found.
     """
@@ -119,6 +126,8 @@ class Storage:
         endpoint_url: str | None = None,
         anonymous: bool = False,
         region: str | None = None,
+        patience_s: float = PATIENCE_S,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         text = os.fspath(url)
         protocol, separator, rest = text.partition("://")
@@ -127,13 +136,15 @@ class Storage:
         self.url = str(Path(rest if separator else text).expanduser().absolute()) if self.is_local else text.rstrip("/")
         self.endpoint_url = endpoint_url or (env.s3_endpoint_url() if self.protocol in S3_PROTOCOLS else None)
         self.anonymous, self.region = anonymous, region
+        self.patience_s, self.timeout_s = patience_s, timeout_s
 
     def __repr__(self) -> str:
         return f"Storage({self.url!r})"
 
     def child(self, path: str) -> Storage:
         """The folder `path` below this one, with the same options."""
-        return Storage(self.url_of(path), endpoint_url=self.endpoint_url, anonymous=self.anonymous, region=self.region)
+        return Storage(self.url_of(path), endpoint_url=self.endpoint_url, anonymous=self.anonymous, region=self.region,
+                       patience_s=self.patience_s, timeout_s=self.timeout_s)  # fmt: skip
 
     def url_of(self, path: str) -> str:
         """The full URL (or local path) of a path."""
@@ -143,12 +154,22 @@ class Storage:
         """fsspec's filesystem; fsspec keeps one per process, thread and options."""
         options: dict[str, Any] = {}
         if self.protocol in S3_PROTOCOLS:
-            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": S3_CLIENT,
+            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url,
+                       "config_kwargs": {**S3_CLIENT, "read_timeout": self.timeout_s},
                        "client_kwargs": {"region_name": self.region}, "use_listings_cache": False}  # fmt: skip
         try:
-            return fsspec.filesystem(self.protocol, **options)
+            filesystem = fsspec.filesystem(self.protocol, **options)
         except (ValueError, ImportError) as error:
             raise StorageError(self.url, str(error), "Use a local path or s3://, or install fsspec's driver") from error
+        if self.protocol in S3_PROTOCOLS:
+            filesystem.retries = S3FS_TRIES
+        return filesystem
+
+    def _patiently(self, action: Callable[[], Result], path: str) -> Result:
+        """`action()`, tried again while the store is away; a local disk is not asked twice."""
+        where = self.url_of(path)
+        with storage_errors(where):
+            return action() if self.is_local else patiently(action, where, patience_s=self.patience_s)
 
     def _key(self, path: str) -> str:
         """The path as fsspec's filesystem names it."""
@@ -156,7 +177,8 @@ class Storage:
 
     def exists(self, path: str = "") -> bool:
         """True for a file, and for a folder with something in it (or an empty local one)."""
-        with storage_errors(self.url_of(path)):
+
+        def exists() -> bool:
             try:
                 self._fs().info(self._key(path))
             except FileNotFoundError as error:
@@ -165,6 +187,8 @@ class Storage:
                 return False
             return True
 
+        return self._patiently(exists, path)
+
     def list(self, prefix: str = "") -> list[str]:
         """All files below the folder `prefix`, sorted; paths relative to this storage.  Empty if there is none."""
         return sorted(self.stamps(prefix))
@@ -172,8 +196,7 @@ class Storage:
     def stamps(self, prefix: str = "") -> dict[str, str]:
         """What tells one version of each file below `prefix` from another: size, and the ETag where there is one."""
         key = self._key(prefix)
-        with storage_errors(self.url_of(prefix)):
-            found = self._fs().find(key, detail=True)
+        found = self._patiently(lambda: self._fs().find(key, detail=True), prefix)
         stamps = {}
         for name, info in found.items():
             relative = posixpath.relpath(name, key)
@@ -191,8 +214,7 @@ class Storage:
 
     def read_bytes(self, path: str) -> bytes:
         """The content of a file."""
-        with storage_errors(self.url_of(path)):
-            return bytes(self._fs().cat_file(self._key(path)))
+        return self._patiently(lambda: bytes(self._fs().cat_file(self._key(path))), path)
 
     def download_file(self, path: str, local: str | os.PathLike[str]) -> None:
         """Copy one file to a local path, which appears whole or not at all."""
@@ -201,17 +223,18 @@ class Storage:
         try:
             with storage_errors(self.url_of(path)):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                self._fs().get_file(self._key(path), str(temporary))
+            self._patiently(lambda: self._fs().get_file(self._key(path), str(temporary)), path)
+            with storage_errors(str(target)):
                 os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
     def write_bytes(self, path: str, content: bytes) -> None:
         """Write or replace a file; a reader, or a crash, sees the old content or the new, nothing between."""
+        if not self.is_local:
+            self._patiently(lambda: self._fs().pipe_file(self._key(path), content), path)
+            return
         with storage_errors(self.url_of(path)):
-            if not self.is_local:
-                self._fs().pipe_file(self._key(path), content)
-                return
             target = Path(self._key(path))
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = temporary_sibling(target)
@@ -226,11 +249,12 @@ class Storage:
 
     def delete(self, path: str) -> None:
         """Remove a file or a folder with all in it; nothing happens where there is none."""
-        with storage_errors(self.url_of(path)):
-            try:
+
+        def delete() -> None:
+            with suppress(FileNotFoundError):
                 self._fs().rm(self._key(path), recursive=True)
-            except FileNotFoundError:
-                return
+
+        self._patiently(delete, path)
 
     def upload_folder(self, local: str | os.PathLike[str], path: str = "") -> None:
         """Copy a local folder to `path`, replacing files of the same name; the manifest is written last."""
@@ -249,7 +273,7 @@ class Storage:
             if self.is_local:
                 for folder in {posixpath.dirname(target) for target in targets}:
                     os.makedirs(folder, exist_ok=True)
-            self._fs().put([str(source / name) for name in sizes], targets)
+        self._patiently(lambda: self._fs().put([str(source / name) for name in sizes], targets), path)
         self.write_bytes(posixpath.join(path, MANIFEST), json.dumps({"files": sizes}, indent=1).encode())
 
     def is_complete(self, path: str = "") -> bool:
@@ -283,7 +307,8 @@ class Storage:
             with storage_errors(self.url_of(path)):
                 for folder in {(temporary / name).parent for name in names}:
                     folder.mkdir(parents=True, exist_ok=True)
-                self._fs().get([self._key(posixpath.join(path, n)) for n in names], [str(temporary / n) for n in names])
+            sources, copies = [self._key(posixpath.join(path, n)) for n in names], [str(temporary / n) for n in names]
+            self._patiently(lambda: self._fs().get(sources, copies), path)
             with storage_errors(str(target)):
                 replace_folder(temporary, target)
         finally:
@@ -298,7 +323,8 @@ class Storage:
                 return fs.LocalFileSystem(), self.url
             if self.protocol in S3_PROTOCOLS:
                 options = {"endpoint_override": self.endpoint_url, "region": self.region, "anonymous": self.anonymous}
-                s3 = fs.S3FileSystem(**{name: option for name, option in options.items() if option}, connect_timeout=10)
+                s3 = fs.S3FileSystem(**{name: option for name, option in options.items() if option}, connect_timeout=10,
+                                     request_timeout=self.timeout_s)  # fmt: skip
                 return s3, self._key("")
             return fs.PyFileSystem(fs.FSSpecHandler(self._fs())), self._key("")
 

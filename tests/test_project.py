@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "env"}),
     frozenset({"core"}),
     frozenset({"config", "stage_config", "monitor_config"}),
-    frozenset({"quant", "losses", "storage", "hardware", "machine", "ray_errors", "recipe"}),
+    frozenset({"quant", "losses", "storage", "storage_retry", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data", "tracking"}),
     frozenset({"cache"}),
@@ -41,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"stages"}),
 )
 # What computes or stores knows tensors, specs and bytes, never the configuration of a run.
-FREE_OF_CONFIG = frozenset({"core", "quant", "losses", "packed", "storage", "model", "decode"})
+FREE_OF_CONFIG = frozenset({"core", "quant", "losses", "packed", "storage", "storage_retry", "model", "decode"})
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ENTRY = len(LAYERS)
 

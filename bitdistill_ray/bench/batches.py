@@ -32,3 +32,7 @@ class RandomFeeder:
         """The share of one micro-batch of one rank."""
         sequences = self.sequences_per_step // (ranks * micros)
         return random_arrays(sequences, self.tokens, self.vocabulary, seed=(step * ranks + rank) * micros + micro)
+
+    def sequences(self, step: int) -> dict[str, int]:
+        """What a row of metrics says of the step's sequences."""
+        return {"sequences": (step + 1) * self.sequences_per_step}

@@ -123,6 +123,18 @@ class Feeder:
             after = self._start if step == self._start.step - 1 else self._step(step).after
             return after.to_dict()
 
+    def sequences(self, step: int) -> dict[str, Any]:
+        """Which sequences `step` consumes, in so few words that they fit into its row of metrics.
+
+        Its first and last sequence id, how many sequences that makes since the beginning, and the start of the rolling
+        digest over all their ids: equal digests mean equal sequences in equal order, in this step and all before it.
+        """
+        with self._lock:
+            made = self._step(step)
+            ids = made.arrays["sequence_ids"]
+            return {"first_sequence": str(ids[0]), "last_sequence": str(ids[-1]), "sequences": made.after.position,
+                    "sequence_digest": made.after.digest[:16]}  # fmt: skip
+
     def counts(self) -> dict[str, int]:
         """What happened to documents (used, empty, cut, and so on) in the units read so far of the pass begun in."""
         if self._mixture is None:

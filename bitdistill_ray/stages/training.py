@@ -9,13 +9,15 @@ The driver places the teachers, the feeder and the monitor, measures CAKLD's gam
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
@@ -26,11 +28,12 @@ from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
-from bitdistill_ray.student.checkpoint import drop_damaged_record, full_disk
+from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
+from bitdistill_ray.student.preemption import preempted
 from bitdistill_ray.student.worker import train_worker
 from bitdistill_ray.teacher.pool import TeacherPool
 
@@ -48,7 +51,12 @@ def train(context: StageContext) -> StageRecord:
     loss = LossConfig(ce=1.0) if isinstance(options, FinetuneStage) else options.loss
     role = "teacher" if finetunes else "student"
     tokenizer = config.model.teacher if finetunes else str(context.fetch("student"))
-    monitor = ray.remote(Monitor).options(num_cpus=0).remote(context.run.storage, context.name)
+    here = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=True
+    )  # lost with us, not before
+    monitor = (
+        ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
+    )
     feeder = start_feeder(corpus_of(context, tokenizer), sequences_per_step=options.batch_sequences)
     pool = TeacherPool.start(context.teacher_source, config.teacher, config.storage) if loss.needs_teacher else None
     try:
@@ -84,7 +92,7 @@ def train(context: StageContext) -> StageRecord:
 def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, Any]]:
     """Train to the end, restarting from checkpoints; returns the rows of `metrics.jsonl`."""
     student, options = job.config.student, job.stage
-    filesystem, path = context.run.storage.child("checkpoints").arrow_filesystem()
+    records = tempfile.TemporaryDirectory(prefix="ray-train-")  # Ray Train's own; the checkpoints are not there
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -95,25 +103,22 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
         ),
         run_config=RunConfig(
             name=context.name,
-            storage_path=path,
-            storage_filesystem=filesystem,
+            storage_path=records.name,
             failure_config=FailureConfig(max_failures=student.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints),
         ),
     )
-    if drop_damaged_record(context.run.storage, context.name):
-        print("Ray Train's record of checkpoints was cut short: going by our own", flush=True)
     try:
         ray.get(monitor.track.remote(job.config.monitor), timeout=TRACKERS_START_S)
         every_s = job.config.monitor.line_every_s
-        with ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
+        with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
             interruptible(trainer.fit)
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
-        raise refused or user_error(error) or full_disk(error, context.run.storage) or error from None
+        known = user_error(error) or full_disk(error, context.run.storage) or preempted(error, f"stages.{context.name}")
+        raise refused or known or error from None
     ray.get(monitor.finish.remote())
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
-    context.run.storage.delete(f"checkpoints/{context.name}")
+    forget(context.run.storage, context.name, best=options.keep_best)
     return rows
 
 

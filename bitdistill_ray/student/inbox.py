@@ -51,7 +51,11 @@ class Share:
 
 
 class Inbox:
-    """Steps `first` to `steps` - 1, in order.  `data_wait_s` counts the time spent waiting for the feeder."""
+    """Steps `first` to `steps` - 1, in order.
+
+    `data_wait_s` counts the time spent waiting for the feeder; `sequences` says, on rank 0, which sequences the step
+    under way consumes (`Feeder.sequences`).
+    """
 
     def __init__(
         self,
@@ -69,6 +73,8 @@ class Inbox:
         self.ahead: deque[list[Any]] = deque()
         self.next, self.steps = first, steps
         self.data_wait_s = 0.0
+        self.identities: deque[Any] = deque()
+        self.sequences: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[list[BatchArrays]]:
         """The micro-batches of each step; ask `signals` for each of them, in order, before the next step."""
@@ -81,6 +87,8 @@ class Inbox:
             began = time.perf_counter()
             try:
                 arrays: list[BatchArrays] = ray.get(self.ahead.popleft())
+                if self.identities:
+                    self.sequences = ray.get(self.identities.popleft())
             except RayError as error:
                 raise user_error(error) or error from None
             self.data_wait_s += time.perf_counter() - began
@@ -104,6 +112,8 @@ class Inbox:
                 for micro in range(share.micros)
             ]
             self.ahead.append(refs)
+            if share.rank == 0:
+                self.identities.append(self.feeder.sequences.remote(self.next))
             self.unasked.extend(refs)
             self.next += 1
         self._ask()

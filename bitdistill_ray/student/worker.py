@@ -30,15 +30,16 @@ from bitdistill_ray.model.heads import FrozenHead
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import load_student, save_student
 from bitdistill_ray.runs import provenance, storage_opener
-from bitdistill_ray.student import checkpoint
-from bitdistill_ray.student.checkpoint import Position
+from bitdistill_ray.student.checkpoint import Checkpoints, Position
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Answers, Inbox, Share
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
+from bitdistill_ray.student.preemption import Notice, PreemptedError
 from bitdistill_ray.student.probes import Probes
+from bitdistill_ray.student.resume import Place, new_attempt, resume
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
@@ -79,8 +80,12 @@ class Worker:
         self.arithmetic = Arithmetic.of(self.model, length=length, device=self.device, workers=self.ranks)
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
-        self.engine = start_engine(module, stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
+        self.notice = Notice(check_every=student.preemption_check_every)
+        self.stop = torch.zeros(())  # more than 0 when a rank was told to go
+        self.attempt = new_attempt(self.device)
+        self.checkpoints = self._checkpoints()
+        self.engine = start_engine(module, stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
         if self.rank == 0:
             self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
                       f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
@@ -90,6 +95,7 @@ class Worker:
         """From the newest checkpoint to the last step; then publish the weights."""
         position = self._resume()
         self.probes.start(position.step)
+        self.notice.listen()
         inbox = Inbox(
             self.job.feeder,
             self.client,
@@ -102,8 +108,8 @@ class Worker:
             began = time.perf_counter()
             losses, tokens = self.step(micros, inbox.signals)
             self._report(step, losses, tokens, time.perf_counter() - began, inbox)
-            if (step + 1) % self.job.stage.checkpoint_every == 0 and step + 1 < self.job.steps:
-                self._save(step + 1)
+            self._save_if_due(step + 1)
+        self.checkpoints.close()
         self._publish()
         ray.train.report({"step": self.job.steps})
 
@@ -113,8 +119,10 @@ class Worker:
         totals = Totals(torch.zeros(3, dtype=torch.float64))
         for batch in batches:
             totals = totals + Totals.count(batch.labels_BT, batch.segment_BT)
-        counts = totals.counts.to(self.device)
+        told = torch.tensor([float(self.notice.told.is_set())], dtype=torch.float64)
+        counts = torch.cat([totals.counts, told]).to(self.device)
         dist.all_reduce(counts)
+        counts, self.stop = counts[:3], counts[3]
         shared = Totals(counts).shared_by(self.ranks * self.micros)
         sums: dict[str, Tensor] = {}
         for arrays, batch in zip(micros, batches, strict=True):
@@ -138,6 +146,7 @@ class Worker:
         norm = self.engine.get_global_grad_norm()
         row = {
             "step": step,
+            **inbox.sequences,
             **dict(zip(names, values, strict=False)),
             "learning_rate": self.engine.get_lr()[0],
             "grad_norm": None if norm is None else float(norm),
@@ -156,7 +165,11 @@ class Worker:
         self.job.monitor.step.remote(row)
 
     def _resume(self) -> Position:
-        position = checkpoint.resume(self.engine, run=self.job.run.storage, stage=self.job.stage_name)
+        context, zero = ray.train.get_context(), self.job.config.student.zero
+        place = Place(rank=self.rank, ranks=self.ranks, local_rank=context.get_local_rank(),
+                      node=context.get_node_rank())  # fmt: skip
+        position = resume(self.engine, run=self.job.run.storage, stage=self.job.stage_name, place=place, zero=zero,
+                          attempt=self.attempt, device=self.device, say=self._say)  # fmt: skip
         if self.rank == 0:
             ray.get(self.job.feeder.resume.remote(position.ledger))
             ray.get(self.job.monitor.rewind.remote(position.step))
@@ -168,11 +181,40 @@ class Worker:
     def _say(self, line: str) -> None:
         self.job.monitor.say.remote(line)
 
+    def _save_if_due(self, done: int) -> None:
+        """Save after `done` steps if it is time, or if a worker is about to be taken away."""
+        stop, draining = bool(self.stop > 0), self.notice.draining(done - 1)
+        if done == self.job.steps:
+            return
+        if stop or draining or done % self.job.stage.checkpoint_every == 0:
+            self._save(done)
+        if stop:
+            self.checkpoints.wait()
+            self._say(f"told to stop (SIGTERM): saved step {done}")
+            raise PreemptedError(f"a worker was told to stop; step {done} is saved")
+
     def _save(self, step: int) -> None:
-        ledger = ray.get(self.job.feeder.state.remote(step - 1))
+        ledger, loss = ray.get(self.job.feeder.state.remote(step - 1)), None
         if self.rank == 0:
             ray.get(self.job.monitor.flush.remote())  # before the checkpoint counts, so that a resume finds every row
-        checkpoint.save(self.engine, Position(step, ledger), run=self.job.run.storage, stage=self.job.stage_name)
+            rows = ray.get(self.job.monitor.own_rows.remote(since=step - self.job.stage.checkpoint_every))
+            loss = sum(row["loss"] for row in rows) / max(1, len(rows))
+        self.checkpoints.save(self.engine, Position(step, ledger), loss=loss)
+
+    def _checkpoints(self) -> Checkpoints:
+        student, stage = self.job.config.student, self.job.stage
+        return Checkpoints(
+            self.job.run.storage,
+            self.job.stage_name,
+            rank=self.rank,
+            ranks=self.ranks,
+            attempt=self.attempt,
+            zero=student.zero,
+            last=stage.keep_checkpoints,
+            best=stage.keep_best,
+            timeout_s=student.checkpoint_timeout_s,
+            say=self._say,
+        )
 
     def _load(self) -> tuple[Any, Any]:
         if self.job.source is None:

@@ -107,6 +107,25 @@ def test_any_kill_and_resume_continues_exactly(corpus: CorpusSpec) -> None:
             assert state == after, f"resumed after step {cut}"
 
 
+def test_a_step_says_which_sequences_it_consumes(corpus: CorpusSpec) -> None:
+    """The same after a resume, and another digest for every other order; ids and count are the batch's."""
+    whole = Feeder(corpus, sequences_per_step=PER_STEP)
+    said = [whole.sequences(step) for step in range(5)]
+    for step, row in enumerate(said):
+        found = ids(whole.batch(step))
+        assert (row["first_sequence"], row["last_sequence"]) == (found[0], found[-1])
+        assert row["sequences"] == (step + 1) * PER_STEP
+    resumed = Feeder(corpus, sequences_per_step=PER_STEP, ledger=whole.state(2))
+    assert [resumed.sequences(step) for step in (3, 4)] == said[3:]
+    shuffled = Feeder(replace(corpus, seed=4), sequences_per_step=PER_STEP)
+    digests = [row["sequence_digest"] for row in said] + [
+        shuffled.sequences(step)["sequence_digest"] for step in (0, 1)
+    ]
+    assert len(set(digests)) == len(digests)
+    for feeder in (whole, resumed, shuffled):
+        feeder.close()
+
+
 def test_a_run_killed_at_every_step_is_the_same_run(corpus: CorpusSpec) -> None:
     last = steps_of_a_pass(corpus) + 2
     whole = list(run(corpus, range(last)))

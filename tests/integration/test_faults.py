@@ -44,42 +44,6 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def killed_once(settings: dict[str, TrainJob]) -> None:
-    """A worker whose process is killed, once in a run, in the middle of its sixth step."""
-    worker = Worker(settings["job"])
-    died = Path(worker.job.run.storage.url) / "died"
-    take_step, taken = worker.engine.step, [0]
-
-    def step() -> None:
-        taken[0] += 1
-        if taken[0] > 5 * worker.micros and not died.exists():
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        take_step()
-
-    worker.engine.step = step
-    worker.run()
-
-
-def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed in the middle, the stage restarts from its checkpoint and ends with the losses of a run left alone."""
-    overrides = (f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32",
-                 "teacher.dtype=fp32")  # fmt: skip
-    run(tiny_config(tmp_path, *overrides, run=str(tmp_path / "alone")))
-    monkeypatch.setattr(training, "train_worker", killed_once)
-    victim = tmp_path / "killed"
-    run(tiny_config(tmp_path, *overrides, run=str(victim)))
-    assert (victim / "died").exists()
-    alone, resumed = rows_of(tmp_path / "alone"), rows_of(victim)
-    assert [row["step"] for row in resumed] == [row["step"] for row in alone] == list(range(8))
-    for a, b in zip(alone, resumed, strict=True):
-        assert {k: a[k] for k in ("loss", "learning_rate", "grad_norm", "tokens")} == {
-            k: b[k] for k in ("loss", "learning_rate", "grad_norm", "tokens")
-        }
-
-
 def test_a_bucket_that_does_not_exist(tmp_path: Path, s3_endpoint: str) -> None:
     config = tiny_config(tmp_path, "data=s3://no-such-bucket-here/corpus", f"storage.endpoint_url={s3_endpoint}",
                          *TRAIN_ONLY)  # fmt: skip

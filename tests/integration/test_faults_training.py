@@ -1,0 +1,158 @@
+"""Training goes on after what kills a part of it, and its rows are those of a run that was left alone, bit for bit.
+
+Each fault is the real one: SIGKILL to a worker and to the driver, SIGTERM to a worker.  All runs share one refined
+student and are compared with one uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.stages import training
+from bitdistill_ray.storage import Storage
+from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.worker import Worker
+from bitdistill_ray.train import run
+from tests.road import tiny_config, tiny_overrides
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+
+SEQUENCES = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "learning_rate", "tokens")
+SAME = (*SEQUENCES, "loss", "grad_norm")
+STEPS = 8
+RESUMED = rf"resumes at step [24] of {STEPS}"  # the upload of step 4 may still have been under way
+
+
+def overrides_of(root: Path) -> tuple[str, ...]:
+    return (f"data={root}/corpus.jsonl", "stages.write=false", "stages.clip=false", "stages.export=false",
+            "stages.evaluate=false", "stages.distill.tokens=1024", "student.dtype=fp32",
+            "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
+
+
+def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:
+    storage = folder if isinstance(folder, Storage) else Storage(folder)
+    return [json.loads(line) for line in storage.read_bytes("metrics.jsonl").decode().splitlines()]
+
+
+def same_rows(folder: Storage | Path, other: Path) -> None:
+    """Equal in step, sequence ids, loss and its parts, learning rate and gradient norm, all to the last bit."""
+    a, b = rows_of(folder), rows_of(other)
+    parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "forward_kl", "relation")))
+    assert [row["step"] for row in a] == list(range(STEPS))
+    assert [{k: row[k] for k in (*SAME, *parts)} for row in a] == [{k: row[k] for k in (*SAME, *parts)} for row in b]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """The folder of an uninterrupted run; its parent has the corpus and the teacher."""
+    root = tmp_path_factory.mktemp("faults")
+    texts = [f'{{"text": "the cat number {i} sat on the mat"}}' for i in range(100)]
+    (root / "corpus.jsonl").write_text("\n".join(texts))
+    run(tiny_config(root, *overrides_of(root), run=str(root / "alone")))
+    return root / "alone"
+
+
+@pytest.fixture
+def victim(alone: Path, request: pytest.FixtureRequest) -> Path:
+    """A run folder whose `refine` stage is finished."""
+    folder = alone.parent / request.node.name
+    shutil.copytree(alone / "stages/refine", folder / "stages/refine")
+    return folder
+
+
+def finish(folder: Path, *more: str) -> None:
+    run(tiny_config(folder.parent, *overrides_of(folder.parent), *more, run=str(folder)))
+
+
+def interrupted(settings: dict[str, TrainJob], number: int) -> None:
+    """A worker whose process gets signal `number`, once in a run, in its fifth step."""
+    worker = Worker(settings["job"])
+    died = Path(worker.job.run.storage.url) / "died"
+    take_step, taken = worker.engine.step, [0]
+
+    def step() -> None:
+        taken[0] += 1
+        if taken[0] == 4 * worker.micros + 1 and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), number)
+            assert worker.notice.told.wait(60)
+        take_step()
+
+    worker.engine.step = step
+    worker.run()
+
+
+def killed_once(settings: dict[str, TrainJob]) -> None:
+    interrupted(settings, signal.SIGKILL)
+
+
+def told_to_stop_once(settings: dict[str, TrainJob]) -> None:
+    interrupted(settings, signal.SIGTERM)
+
+
+def test_a_killed_student_worker_resumes_with_the_same_rows(
+    alone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "train_worker", killed_once)
+    finish(victim)
+    assert (victim / "died").exists()
+    assert re.search(RESUMED, capsys.readouterr().out)
+    same_rows(victim, alone)
+    assert not (victim / "checkpoints/distill").exists()
+
+
+def test_sigterm_saves_at_the_next_step_and_resumes_with_the_same_rows(
+    alone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints are far apart, so that the one it resumes from is the one that SIGTERM made."""
+    monkeypatch.setattr(training, "train_worker", told_to_stop_once)
+    finish(victim, "stages.distill.checkpoint_every=100")
+    said = capsys.readouterr().out
+    assert "told to stop (SIGTERM): saved step" in said
+    assert "resumes at step 5 " in said or "resumes at step 6 " in said
+    same_rows(victim, alone)
+
+
+def test_another_number_of_workers_goes_on_with_the_same_sequences(
+    alone: Path, victim: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker is told to stop and no restart is left; two workers go on from its checkpoint."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_worker", told_to_stop_once)
+        with pytest.raises(BitdistillError, match=r"stages\.distill: a worker was told to stop .* no restart is left"):
+            finish(victim, "student.zero=2", "student.max_failures=0")
+    assert [row["step"] for row in rows_of(victim)] in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5])
+    finish(victim, "student.zero=2", "student.workers=2")
+    for found, wanted in zip(rows_of(victim), rows_of(alone), strict=True):
+        assert {k: found[k] for k in SEQUENCES} == {k: wanted[k] for k in SEQUENCES}
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+
+
+def test_a_killed_driver_resubmitted_has_the_same_rows(alone: Path, victim: Path) -> None:
+    """SIGKILL to the command after its first checkpoint; its Ray goes with it; the same command is given again."""
+    overrides = tiny_overrides(alone.parent, *overrides_of(alone.parent), run=str(victim))
+    command = [sys.executable, "-m", "bitdistill_ray.train", "demo", *overrides]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with (alone.parent / "driver.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        record, deadline = victim / "checkpoints/distill/latest.json", time.monotonic() + 240
+        while not record.exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert record.exists(), (alone.parent / "driver.log").read_text()[-2000:]
+    finish(victim)
+    same_rows(victim, alone)
