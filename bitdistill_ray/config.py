@@ -126,6 +126,14 @@ class TeacherConfig(Strict):
     """The pool of frozen teachers: Ray actors that answer with TeacherSignals."""
 
     actors: int = Field(1, ge=1)
+    """How many at the start."""
+    min_actors: int | None = Field(None, ge=1)
+    max_actors: int | None = Field(None, ge=1)
+    """The pool shrinks and grows between these two, as students wait and teachers idle; empty: `actors`."""
+    scale_every_s: float = Field(30, gt=0)
+    """A window of observation; a change needs two in a row, and two more until the next."""
+    join: str | None = None
+    """Name of a pool that `bitdistill teacher up` started: its teachers are used, and this run starts none."""
     gpus: float = Field(0, ge=0)
     """GPUs of one actor; fractions share a GPU."""
     cpus: float = Field(1, ge=0)
@@ -149,6 +157,23 @@ class TeacherConfig(Strict):
         if self.cache.folder and self.cache.coding is Coding.COMPACT and self.payload is not Payload.TOPK:
             raise ConfigError("teacher.cache.coding", f"compact with teacher.payload={self.payload}, which is kept as "
                               "it is", "Use lossless, or teacher.payload=topk")  # fmt: skip
+        return self
+
+    @property
+    def least(self) -> int:
+        """The fewest actors."""
+        return self.actors if self.min_actors is None else self.min_actors
+
+    @property
+    def most(self) -> int:
+        """The most actors."""
+        return self.actors if self.max_actors is None else self.max_actors
+
+    @model_validator(mode="after")
+    def _possible(self) -> TeacherConfig:
+        if not self.least <= self.actors <= self.most:
+            raise ConfigError("teacher.actors", f"{self.actors} is not between min_actors {self.least} and max_actors "
+                              f"{self.most}", "Give a number between them, or widen them")  # fmt: skip
         return self
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from bitdistill_ray.config import Config
+from bitdistill_ray.config import Config, TeacherConfig
 from bitdistill_ray.core import Granularity, Payload
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.recipe import dump
@@ -74,7 +74,7 @@ def describe(config: Config) -> str:
     after = linear_bits / 8 + others
     lines = [
         dump(config),
-        f"teacher        {_parameters(teacher)}, {config.teacher.actors} actors x ({config.teacher.gpus:g} GPUs, "
+        f"teacher        {_parameters(teacher)}, {_actors(config.teacher)} x ({config.teacher.gpus:g} GPUs, "
         f"{config.teacher.cpus:g} CPUs), {2 * _count(teacher) / GIB:.2f} GiB of weights each",
         f"student        {_parameters(student)}, {config.student.workers} workers x ({config.student.gpus:g} GPUs, "
         f"{config.student.cpus:g} CPUs), ZeRO-{config.student.zero}, "
@@ -87,6 +87,13 @@ def describe(config: Config) -> str:
         if isinstance(stage, TrainStage):
             lines.append(_training(name, stage, config, teacher, student))
     return "\n".join(lines)
+
+
+def _actors(teacher: TeacherConfig) -> str:
+    if teacher.join:
+        return f"those of the pool {teacher.join!r}"
+    elastic = "" if teacher.least == teacher.most else f" ({teacher.least} to {teacher.most})"
+    return f"{teacher.actors}{elastic} actors"
 
 
 def steps(stage: TrainStage, sequence_length: int) -> int:

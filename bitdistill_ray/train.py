@@ -66,7 +66,7 @@ def cluster(config: Config) -> Iterator[None]:
         ray.init(log_to_driver=False)
         print(f"joined the Ray cluster at {env.ray_address()}", flush=True)
     else:
-        cpus = max(env.cpu_count(), 2 + round(config.teacher.actors * config.teacher.cpus
+        cpus = max(env.cpu_count(), 2 + round(config.teacher.most * config.teacher.cpus
                                               + config.student.workers * config.student.cpus))  # fmt: skip
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         print(f"started a Ray here with {cpus} CPU slots (RAY_ADDRESS is not set)", flush=True)

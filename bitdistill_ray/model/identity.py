@@ -43,10 +43,15 @@ def identity(model: Any, tokenizer: Any) -> ModelIdentity:
     return ModelIdentity(
         name=str(model.name_or_path),
         vocab_size=int(model.config.vocab_size),
-        tokenizer=_digest(sorted(tokenizer.get_vocab().items())),
+        tokenizer=tokenizer_hash(tokenizer),
         config=_digest(config),
         weights=weights.hexdigest()[:16],
     )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of every token and its id."""
+    return _digest(sorted(tokenizer.get_vocab().items()))
 
 
 def _digest(content: Any) -> str:

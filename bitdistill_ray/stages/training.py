@@ -58,8 +58,10 @@ def train(context: StageContext) -> StageRecord:
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
     )
     feeder = start_feeder(corpus_of(context, tokenizer), sequences_per_step=options.batch_sequences)
-    pool = TeacherPool.start(context.teacher_source, config.teacher, config.storage) if loss.needs_teacher else None
+    pool = None
     try:
+        if loss.needs_teacher:
+            pool = TeacherPool.open(context.teacher_source, config.teacher, config.storage, tokenizer=tokenizer)
         gamma = _gamma(loss, pool, feeder, options)
         job = TrainJob(
             config=config,
@@ -72,7 +74,7 @@ def train(context: StageContext) -> StageRecord:
             output=context.path(role),
             feeder=feeder,
             monitor=monitor,
-            teachers=pool.handles if pool else (),
+            teachers=pool.roster if pool else (),
             gamma=gamma,
             relation_layer=loss.relation.layer if loss.relation else None,
             teacher_identity=pool.identity if pool else None,
@@ -129,10 +131,11 @@ def _gamma(loss: LossConfig, pool: TeacherPool | None, feeder: Any, options: Tra
         return float(loss.gamma)
     if mode is None or pool is None:
         return None
+    handles = pool.handles
     batches = [feeder.batch.remote(step) for step in range(-(-loss.gamma_sequences // options.batch_sequences))]
     try:
         estimates = ray.get([
-            pool.handles[i % len(pool.handles)].confidence.remote(batch, mode)
+            handles[i % len(handles)].confidence.remote(batch, mode)
             for i, batch in enumerate(batches)
         ])  # fmt: skip
     except RayError as error:

@@ -46,7 +46,8 @@ def write(context: StageContext) -> StageRecord:
     size = 2 * options.batch
     parts = [(number, first) for number, first in enumerate(range(0, options.texts, size))]
     missing = deque(part for part in parts if not context.run.storage.exists(_stats_path(context, part)))
-    pool = TeacherPool.start(context.teacher_source, context.config.teacher, context.config.storage)
+    fixed = context.config.teacher.model_copy(update={"min_actors": None, "max_actors": None})
+    pool = TeacherPool.open(context.teacher_source, fixed, context.config.storage)
     print(f"{len(prompts)} prompts; {len(pool.handles)} teachers: {pool.description}", flush=True)
     try:
         with tqdm(total=options.texts, initial=(len(parts) - len(missing)) * size, unit="text", desc="write") as bar:

@@ -9,6 +9,7 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.model.identity import ModelIdentity
 from bitdistill_ray.runs import RunFolder
 from bitdistill_ray.stage_config import LossConfig, TrainStage
+from bitdistill_ray.teacher.roster import Roster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +19,7 @@ class TrainJob:
     source         the weights to start from: an artefact of the run (a student folder), or None: `model_source`
     model_source   a model to train as it is, without quantisation (the `finetune` stage)
     output         where the trained weights are published, relative to the run
-    teachers       handles of the pool; empty where the loss needs none
+    teachers       the pool (or plain actor handles); empty where the loss needs none
     gamma          CAKLD's scalar
     relation_layer the teacher's layer that relations are taken from
     teacher_identity who the teachers are: the key of their cached answers
@@ -34,7 +35,7 @@ class TrainJob:
     output: str
     feeder: Any
     monitor: Any
-    teachers: tuple[Any, ...] = ()
+    teachers: Roster | tuple[Any, ...] = ()
     gamma: float | None = None
     relation_layer: int | None = None
     teacher_identity: ModelIdentity | None = None

@@ -43,6 +43,7 @@ from bitdistill_ray.student.resume import Place, new_attempt, resume
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
+from bitdistill_ray.teacher.roster import Roster
 
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
@@ -247,11 +248,11 @@ class Worker:
     def _module(self) -> LossModule:
         teacher_head, layer = None, None
         if self.client is not None and self.job.config.teacher.payload is Payload.HIDDEN:
-            message = ray.get(self.job.teachers[0].frozen_head.remote())
+            message = Roster.of(self.job.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
             names = {name.removesuffix(":bf16") for name in message}
             teacher_head = FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
         if self.job.relation_layer is not None:
-            teacher_layers = ray.get(self.job.teachers[0].layers.remote())
+            teacher_layers = Roster.of(self.job.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
             layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
         tapped = () if layer is None else (layer,)
         self.speed = accelerate(self.model, self.device, zero=self.job.config.student.zero, tapped=tapped)

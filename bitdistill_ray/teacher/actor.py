@@ -9,7 +9,9 @@ another, whenever a process or a node is lost.  The answer carries a digest of i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +38,7 @@ from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.draws import sampled
-from bitdistill_ray.teacher.request import SignalRequest
+from bitdistill_ray.teacher.request import Load, SignalRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Teacher:
         threads: int | None = None,
         storage: StorageConfig | None = None,
     ) -> None:
+        self.began, self.busy_s, self.requests, self.tokens = time.monotonic(), 0.0, 0, 0
         torch.set_num_threads(threads or env.cpu_count())
         self.device = local_device()
         self.dtype, self.why = compute_dtype(dtype, self.device)
@@ -88,6 +91,15 @@ class Teacher:
         """One line for the log."""
         return f"{self.source} on {self.device} in {str(self.dtype).removeprefix('torch.')} ({self.why})"
 
+    def load(self) -> Load:
+        """What this teacher did so far, answered after the questions that came before.
+
+        Raises whatever BitdistillError kept the model from loading.
+        """
+        if self.refusal is not None:
+            raise self.refusal
+        return Load(requests=self.requests, tokens=self.tokens, busy_s=self.busy_s, up_s=time.monotonic() - self.began)
+
     def frozen_head(self) -> wire.Message:
         """The LM head's tensors, for the frozen copy on the student's side."""
         message: wire.Message = {}
@@ -98,15 +110,17 @@ class Teacher:
     @torch.no_grad()
     def score(self, arrays: BatchArrays, request: SignalRequest) -> wire.Message:
         """Answer a batch as the feeder hands it out; `wire.decode_signals` reads the result."""
-        signals = self.signals(token_batch(arrays).to(self.device), request)
-        return {**wire.encode_signals(signals), "digest": wire.batch_digest(arrays)}
+        with self._working(arrays["ids"].size):
+            signals = self.signals(token_batch(arrays).to(self.device), request)
+            return {**wire.encode_signals(signals), "digest": wire.batch_digest(arrays)}
 
     @torch.no_grad()
     def confidence(self, arrays: BatchArrays, mode: GammaMode) -> GammaEstimate:
         """What CAKLD's scalar gamma is averaged from, on one batch."""
-        batch = token_batch(arrays).to(self.device)
-        signals = self.signals(batch, SignalRequest())
-        return estimate_gamma([(signals, batch.labels_BT)], mode, teacher_head=self.head)
+        with self._working(arrays["ids"].size):
+            batch = token_batch(arrays).to(self.device)
+            signals = self.signals(batch, SignalRequest())
+            return estimate_gamma([(signals, batch.labels_BT)], mode, teacher_head=self.head)
 
     @torch.no_grad()
     def signals(self, batch: TokenBatch, request: SignalRequest) -> TeacherSignals:
@@ -134,8 +148,9 @@ class Teacher:
         rendered = [self._render(prompt) for prompt in prompts]
         ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered]
         longest = max(len(p) + s.max_tokens for p, s in zip(ids, samplings, strict=True))
-        decoder = TorchDecoder(self.model, slots=batch, slot_tokens=longest)
-        texts = generate(decoder, ids, samplings, stop_ids=stop_ids(self.model, self.tokenizer))
+        with self._working(sum(s.max_tokens for s in samplings)):
+            decoder = TorchDecoder(self.model, slots=batch, slot_tokens=longest)
+            texts = generate(decoder, ids, samplings, stop_ids=stop_ids(self.model, self.tokenizer))
         responses = self.tokenizer.batch_decode([list(text.ids) for text in texts])
         return [
             Written(prompt, response, tuple(text.ids), str(text.finish_reason))
@@ -145,6 +160,17 @@ class Teacher:
     def layers(self) -> int:
         """How many decoder layers there are."""
         return int(self.model.config.num_hidden_layers)
+
+    @contextmanager
+    def _working(self, tokens: int) -> Iterator[None]:
+        """Count one request about `tokens` tokens and the seconds that it takes."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.busy_s += time.monotonic() - began
+            self.requests += 1
+            self.tokens += tokens
 
     def _render(self, prompt: str) -> str:
         if not self.tokenizer.chat_template:

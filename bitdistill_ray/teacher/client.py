@@ -3,12 +3,17 @@
 `ask` gives the teacher a *reference* to the batch, which may not have been computed yet: Ray hands it over when the
 feeder has it, and the student waits for nothing.  `answer` returns the signals in the order in which they were asked
 for.  A teacher that dies or stays silent loses the question to another; an answer to another question is refused.
+
+The pool may change meanwhile.  Every `REPORT_S` the client tells the registry how long it waited and what it has under
+way, and takes up what the registry said to the report before: it never waits for that, except when a teacher is lost.
 """
 
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +25,17 @@ from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.teacher import wire
-from bitdistill_ray.teacher.recovery import await_restart
+from bitdistill_ray.teacher.recovery import PAUSE_S, is_ready
 from bitdistill_ray.teacher.request import SignalRequest
+from bitdistill_ray.teacher.roster import Membership, Report, Roster
+
+REPORT_S = 2.0
+SEE_LOGS = "See the teachers' logs, or raise teacher.timeout_s"
 
 
 @dataclass(slots=True)
 class Ticket:
-    """One question: its batch, who has it, how often it was asked."""
+    """One question: its batch, the number of the teacher that has it, how often it was asked."""
 
     batch: Any
     teacher: int
@@ -35,14 +44,14 @@ class Ticket:
 
 
 class TeacherClient:
-    """Asks a pool of teachers on behalf of one student.
+    """Asks a pool of teachers (a Roster, or plain actor handles) on behalf of one student.
 
     Counters for the log: `waited_s` (time in `answer`), `received_bytes`, `retries`; `take_counters` reads and clears.
     """
 
     def __init__(
         self,
-        handles: Sequence[Any],
+        teachers: Roster | Sequence[Any],
         request: SignalRequest,
         *,
         timeout_s: float,
@@ -51,13 +60,25 @@ class TeacherClient:
         say: Callable[[str], object] = print,
     ) -> None:
         self.say = say
-        self.handles, self.request, self.timeout_s, self.attempts = list(handles), request, timeout_s, attempts
-        self.outstanding = [0] * len(self.handles)
+        self.roster, self.request, self.timeout_s, self.attempts = Roster.of(teachers), request, timeout_s, attempts
+        self.membership = self.roster.first
+        self.outstanding: dict[int, int] = dict.fromkeys(self.membership.teachers, 0)
         self.next = first  # students start on different teachers
         self.waited_s, self.received_bytes, self.retries = 0.0, 0, 0
+        self.name, self.job = uuid.uuid4().hex, ray.get_runtime_context().get_job_id()
+        self.reported_at, self.unreported_wait_s = time.monotonic(), 0.0
+        self.reply: Any = None
+        self._report()
 
     def ask(self, batch: Any) -> Ticket:
-        """Send `batch` (BatchArrays, or a reference to some) to the least busy teacher; returns at once."""
+        """Send `batch` (BatchArrays, or a reference to some) to the least busy teacher; returns at once.
+
+        Raises:
+            TeacherError: the pool had no teacher for `timeout_s`.
+        """
+        self.follow()
+        if not self.membership.teachers:
+            self._take_up(self.roster.await_teachers(self.timeout_s))
         teacher = self._least_busy()
         return Ticket(batch, teacher, self._send(batch, teacher))
 
@@ -67,9 +88,8 @@ class TeacherClient:
         Raises:
             TeacherError: no teacher answered in `attempts` x `timeout_s`, or the answer is about something else.
         """
-        began = time.perf_counter()
         message = self._wait(ticket)
-        self.waited_s += time.perf_counter() - began
+        self.follow()
         self.received_bytes += wire.payload_bytes(message)
         wire.check_answer(message, arrays)
         return wire.decode_signals(message, device)
@@ -80,11 +100,37 @@ class TeacherClient:
         self.waited_s, self.received_bytes, self.retries = 0.0, 0, 0
         return counters
 
+    def follow(self) -> None:
+        """Take up the registry's reply if it is there, and report again if it is time; waits for nothing."""
+        if self.reply is not None and ray.wait([self.reply], timeout=0)[0]:
+            reply, self.reply = self.reply, None
+            with suppress(RayActorError):  # the registry is being started again: the next report finds it
+                self._take_up(ray.get(reply))
+        if self.reply is None and time.monotonic() - self.reported_at >= REPORT_S:
+            self._report()
+
+    def _report(self) -> None:
+        if self.roster.registry is None:
+            return
+        now = time.monotonic()
+        report = Report(client=self.name, job=self.job, version=self.membership.version, seconds=now - self.reported_at,
+                        waited_s=self.unreported_wait_s, outstanding=dict(self.outstanding))  # fmt: skip
+        self.reply, self.reported_at, self.unreported_wait_s = self.roster.registry.report.remote(report), now, 0.0
+
+    def _take_up(self, membership: Membership) -> None:
+        for note in membership.notes:
+            self.say(note)
+        if membership.version < self.membership.version:
+            return
+        self.membership = membership
+        numbers = {n for n, count in self.outstanding.items() if count} | set(membership.teachers)
+        self.outstanding = {n: self.outstanding.get(n, 0) for n in sorted(numbers)}
+
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:
             lost = False
             try:
-                message: wire.Message = ray.get(ticket.answer, timeout=self.timeout_s)
+                message = self._get(ticket.answer)
             except (RayActorError, ObjectLostError) as error:
                 lost = True
                 reason = f"teacher {ticket.teacher} was lost ({type(error).__name__})"
@@ -95,22 +141,56 @@ class TeacherClient:
                 return message
             self.outstanding[ticket.teacher] -= 1
             if ticket.attempt >= self.attempts:
-                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed",
-                                   "See the teachers' logs, or raise teacher.timeout_s")  # fmt: skip
+                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed", SEE_LOGS)
             self.retries += 1
             ticket.attempt += 1
-            ticket.teacher = self._least_busy(avoid=ticket.teacher)
-            self.say(f"{reason}: asking teacher {ticket.teacher} (attempt {ticket.attempt} of {self.attempts})")
-            if lost:
-                await_restart(self.handles[ticket.teacher], self.timeout_s)
+            self.say(f"{reason}: asking another (attempt {ticket.attempt} of {self.attempts})")
+            began = time.monotonic()
+            ticket.teacher = self._another(ticket.teacher, reason, lost=lost)
+            self._waited(time.monotonic() - began)
             ticket.answer = self._send(ticket.batch, ticket.teacher)
+
+    def _get(self, answer: Any) -> wire.Message:
+        """`ray.get` within `timeout_s`, reporting meanwhile, so that a pool too small hears of it."""
+        began = seen = time.monotonic()
+        while True:
+            left = began + self.timeout_s - seen
+            ready, _ = ray.wait([answer], timeout=max(0.0, min(left, REPORT_S)))
+            now = time.monotonic()
+            self._waited(now - seen)
+            seen = now
+            if ready or left <= 0:
+                message: wire.Message = ray.get(answer, timeout=0 if not ready else self.timeout_s)
+                return message
+            self.follow()
+
+    def _waited(self, seconds: float) -> None:
+        self.waited_s += seconds
+        self.unreported_wait_s += seconds
+
+    def _another(self, avoid: int, reason: str, *, lost: bool) -> int:
+        """The least busy teacher of the pool as it is now, without `avoid` if there are others; alive where one was
+        `lost`."""
+        deadline = time.monotonic() + self.timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            membership = self.roster.now(left)
+            if membership is not None:
+                self._take_up(membership)
+            if membership is None or not membership.teachers:
+                time.sleep(PAUSE_S)
+                continue
+            chosen = self._least_busy(avoid)
+            if not lost or is_ready(self.membership.teachers[chosen], left):
+                return chosen
+            avoid = chosen
+        raise TeacherError("teacher", f"{reason}; no other was there in {self.timeout_s:.0f} s", SEE_LOGS)
 
     def _send(self, batch: Any, teacher: int) -> Any:
         self.outstanding[teacher] += 1
-        return self.handles[teacher].score.remote(batch, self.request)
+        return self.membership.teachers[teacher].score.remote(batch, self.request)
 
     def _least_busy(self, avoid: int | None = None) -> int:
-        count = len(self.handles)
-        order = [(self.next + i) % count for i in range(count)]
-        self.next = (self.next + 1) % count
-        return min((t for t in order if t != avoid or count == 1), key=lambda t: self.outstanding[t])
+        numbers = sorted(self.membership.teachers)
+        order = [numbers[(self.next + i) % len(numbers)] for i in range(len(numbers))]
+        self.next += 1
+        return min((n for n in order if n != avoid or len(numbers) == 1), key=lambda n: self.outstanding[n])

@@ -1,4 +1,4 @@
-"""What a student asks a teacher for, per call: one teacher serves students with different wishes."""
+"""What a student asks a teacher for, per call (one teacher serves students with different wishes), and what it did."""
 
 from __future__ import annotations
 
@@ -15,3 +15,13 @@ class SignalRequest:
     topk: int = 64
     samples: int = 32
     attention_layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What a teacher did since it was started: requests and tokens answered, seconds of work, seconds of life."""
+
+    requests: int
+    tokens: int
+    busy_s: float
+    up_s: float

@@ -11,18 +11,15 @@ from typing import Any
 
 import pytest
 import ray
-import torch
 
-from bitdistill_ray.config import Dtype, TeacherConfig
-from bitdistill_ray.core import TokenBatch
+from bitdistill_ray.config import Dtype
 from bitdistill_ray.errors import ModelError, TeacherError
 from bitdistill_ray.model.identity import identity, refuse_mismatch
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.actor import Teacher
-from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.pool import TeacherPool
-from bitdistill_ray.teacher.request import SignalRequest
-from tests.tiny_models import packed_batch, save_tiny, tiny_model, tiny_tokenizer
+from tests.teacher.pools import batches, check_answers, client_of, pool_config, process_of
+from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -32,14 +29,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("teacher"), "llama"))
 
 
-def config(actors: int = 1, *, cpus: float = 0.5, timeout_s: float = 120) -> TeacherConfig:
-    return TeacherConfig(actors=actors, cpus=cpus, threads=1, dtype=Dtype.FP32, timeout_s=timeout_s)
-
-
 @pytest.fixture(scope="module")
 def pool(source: str, ray_session: None) -> Iterator[TeacherPool]:
     """Two teachers whom nobody kills."""
-    started = TeacherPool.start(source, config(2))
+    started = TeacherPool.start(source, pool_config(2))
     yield started
     started.shutdown()
 
@@ -47,37 +40,9 @@ def pool(source: str, ray_session: None) -> Iterator[TeacherPool]:
 @pytest.fixture(params=[1, 2])
 def mortals(source: str, ray_session: None, request: pytest.FixtureRequest) -> Iterator[TeacherPool]:
     """Teachers for one test: one alone, and one with a colleague."""
-    started = TeacherPool.start(source, config(request.param))
+    started = TeacherPool.start(source, pool_config(request.param))
     yield started
     started.shutdown()
-
-
-def client_of(pool: TeacherPool, *, timeout_s: float = 60, attempts: int = 3) -> TeacherClient:
-    return TeacherClient(pool.handles, SignalRequest(), timeout_s=timeout_s, attempts=attempts)
-
-
-def batches(count: int) -> list[TokenBatch]:
-    return [packed_batch([[7, 6], [12]], 16, seed=seed) for seed in range(count)]
-
-
-def check_answers(client: TeacherClient, asked: list[TokenBatch], tickets: list[Any], source: str) -> None:
-    """All answers, in the order of the questions, are what the model says in this process."""
-    here = Teacher(source, dtype=Dtype.FP32, threads=1)
-    for batch, ticket in zip(asked, tickets, strict=True):
-        said = client.answer(ticket, wire.encode_batch(batch))
-        expected = here.signals(batch, SignalRequest()).hidden_BTD
-        assert said.hidden_BTD is not None
-        assert expected is not None
-        torch.testing.assert_close(said.hidden_BTD, expected, rtol=1e-5, atol=1e-6)
-
-
-def process_of(handle: Any) -> int:
-    """The process id of an actor, once it answers (again)."""
-    while True:
-        try:
-            return int(ray.get(handle.__ray_call__.remote(lambda _: os.getpid()), timeout=60))
-        except ray.exceptions.RayActorError:
-            time.sleep(0.1)
 
 
 def test_teachers_shake_hands(pool: TeacherPool, source: str) -> None:
@@ -103,23 +68,23 @@ def test_a_student_with_another_tokenizer_is_refused(pool: TeacherPool) -> None:
 @pytest.mark.usefixtures("ray_session")
 def test_a_model_that_is_not_there_is_named_by_its_own_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as refusal:
-        TeacherPool.start(str(tmp_path / "nothing"), config())
+        TeacherPool.start(str(tmp_path / "nothing"), pool_config())
     assert str(tmp_path / "nothing") in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_teachers_that_fit_nowhere_are_given_up(source: str) -> None:
     with pytest.raises(TeacherError, match=r"1 x \(99\.0 CPUs, 0 GPUs\) did not start in 3 s\. Lower teacher\.actors"):
-        TeacherPool.start(source, config(cpus=99, timeout_s=3))
+        TeacherPool.start(source, pool_config(cpus=99, timeout_s=3))
 
 
 def test_answers_come_in_the_order_of_the_questions_from_both_teachers(pool: TeacherPool, source: str) -> None:
     client, asked = client_of(pool), batches(6)
     tickets = [client.ask(wire.encode_batch(batch)) for batch in asked]
     assert {ticket.teacher for ticket in tickets} == {0, 1}
-    assert client.outstanding == [3, 3]
+    assert client.outstanding == {0: 3, 1: 3}
     check_answers(client, asked, tickets, source)
-    assert client.outstanding == [0, 0]
+    assert client.outstanding == {0: 0, 1: 0}
     counters = client.take_counters()
     assert counters["retries"] == 0
     assert counters["teacher_bytes"] == 6 * 2 * 16 * 32 * 4  # batches x rows x tokens x hidden size x fp32
@@ -156,7 +121,7 @@ def test_a_teacher_that_is_killed_costs_no_answer(
     check_answers(client, asked, tickets, source)
     assert client.take_counters()["retries"] > 0
     assert "teacher 0 was lost" in capfd.readouterr().out
-    assert client.outstanding == [0] * len(mortals.handles)
+    assert set(client.outstanding.values()) == {0}
     assert process_of(mortals.handles[0]) != before
     assert ray.get(mortals.handles[0].handshake.remote(), timeout=60) == mortals.identity
 
