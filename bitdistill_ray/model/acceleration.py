@@ -5,8 +5,9 @@
     layers      torch.compile, layer by layer: fake quantisation, norms and RoPE fuse into a few kernels, and one
                 compiled layer serves them all
 
-On CPUs nothing is changed: there exact resume and the teachers' numerics matter, and compiling costs a minute.  Nor
-under ZeRO-3, whose hooks gather parameters in the middle of a layer.
+On CPUs nothing is changed: there exact resume and the teachers' numerics matter, and compiling costs a minute.  Layers
+stay uncompiled under ZeRO-3, whose hooks gather parameters in the middle of a layer, and in fp32, where torch 2.11's
+compiled fake quantisers hand out zero gradients (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ def accelerate(model: nn.Module, device: torch.device, *, zero: int, tapped: Col
         said = "attention by flex_attention, which skips what packing masks out"
     if zero == 3:
         return f"{said}; layers not compiled: ZeRO-3 gathers inside them"
+    if next(model.parameters()).dtype not in (torch.bfloat16, torch.float16):
+        return f"{said}; layers not compiled: only 16-bit ones are"
     layers = decoder_layers(model)
     chosen = [layer for number, layer in enumerate(layers) if number not in {t % len(layers) for t in tapped}]
     for layer in chosen:

@@ -82,10 +82,15 @@ class NormalFloat3(Quantizer):
 
     def _code(self, u_RGS: Tensor) -> Tensor:
         """uint8: how many cuts are <= u.  Faster than a binary search, and makes no 8-byte indices."""
-        code_RGS = (u_RGS >= CUTS[0]).view(torch.uint8)
+        code_RGS = _as_bytes(u_RGS >= CUTS[0])
         for cut in CUTS[1:]:
-            code_RGS.add_((u_RGS >= cut).view(torch.uint8))
+            code_RGS.add_(_as_bytes(u_RGS >= cut))
         return code_RGS
+
+
+def _as_bytes(mask: Tensor) -> Tensor:
+    """0 and 1 in uint8; without a copy, but where compiling: Inductor of torch 2.11 cannot lower that view."""
+    return mask.to(torch.uint8) if torch.compiler.is_compiling() else mask.view(torch.uint8)
 
 
 register(Format.NF3, NormalFloat3())
