@@ -48,8 +48,11 @@ def test_teacher(tmp_path: Path) -> None:
 
 def test_train(tmp_path: Path) -> None:
     rows = measured("train", tmp_path, "--formats", "ternary")
-    live, memory, peak, _ = rows
+    relation, live, memory, arithmetic, peak, _ = rows
+    assert relation["case"] == "training step, live teacher, hidden + Q, K, V"
     assert live["format"] == memory["format"] == "ternary"
+    assert arithmetic["unit"] == "TFLOP/s"
+    assert arithmetic["limit"] is None  # a CPU's peak is not guessed
     assert live["limit"] == memory["value"]
     assert memory["baseline"] > 0
     assert peak["metric"] == "peak memory"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +19,7 @@ from bitdistill_ray.stage_config import WriteStage
 from bitdistill_ray.stages.write import Part, _written, is_held_out, repeated_share
 from bitdistill_ray.teacher.actor import Written
 from bitdistill_ray.teacher.pool import TeacherPool
+from tests.teacher.pools import process_of
 from tests.tiny_models import save_tiny
 
 OPTIONS = WriteStage(texts=10, max_new_tokens=12, batch=2, temperature=1.0, seed=3)
@@ -49,8 +53,12 @@ def test_a_teacher_that_is_killed_costs_no_text(pool: TeacherPool, capfd: pytest
 @pytest.mark.slow
 def test_a_part_that_kills_its_teachers_is_given_up(pool: TeacherPool) -> None:
     once = replace(pool, config=pool.config.model_copy(update={"attempts": 1}))
-    for handle in pool.handles:
-        ray.kill(handle, no_restart=False)
+    processes = [process_of(handle) for handle in pool.handles]
+    for process in processes:
+        os.kill(process, signal.SIGSTOP)  # so that none has written before it dies
+    kills = [threading.Timer(2.0, os.kill, (process, signal.SIGKILL)) for process in processes]
+    for kill in kills:
+        kill.start()
     with pytest.raises(TeacherError, match=r"teacher: lost while writing part \d, in attempt 1 of 1\."):
         written(once)
 
