@@ -97,4 +97,8 @@ def test_a_compact_cache_in_object_storage_serves_a_run_with_nearly_the_live_los
     assert facts(first) == facts(second)
     assert total(second, "teacher_bytes") == total(second, "cache_misses") == 0
     assert total(second, "cache_hits") == SEQUENCES
-    assert [row["loss"] for row in second] == pytest.approx([row["loss"] for row in live], rel=0.005)
+    assert [row["loss"] for row in second] == pytest.approx(
+        [row["loss"] for row in live],
+        rel=0.005,
+        abs=5e-4,  # nats: what the coder's noise leaves where the student is within 0.02 nats of its teacher
+    )
