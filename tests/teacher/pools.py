@@ -53,12 +53,12 @@ def process_of(handle: Any) -> int:
             time.sleep(0.1)
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 200) -> None:
-    """Wait for `condition`, and fail where it does not come."""
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 200, pause_s: float = 0.1) -> None:
+    """Ask for `condition` every `pause_s`, and fail where it does not come."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not in {timeout_s:.0f} s: {what}"
-        time.sleep(0.1)
+        time.sleep(pause_s)
 
 
 def states(pool: TeacherPool) -> dict[int, State]:

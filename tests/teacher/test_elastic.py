@@ -43,7 +43,7 @@ def test_it_grows_while_students_wait_and_shrinks_when_teachers_idle(source: str
             tickets.append(client.ask(arrays))
             return len(client.membership.teachers) == 2
 
-        until(grown, "the pool grows")
+        until(grown, "the pool grows", pause_s=0)
         tickets.extend(client.ask(arrays) for _ in range(4))
         assert {ticket.teacher for ticket in tickets} == {0, 1}
         for ticket in tickets:
