@@ -1,8 +1,9 @@
-"""Fixtures for every test: a real S3 server (moto's, over HTTP) on this machine."""
+"""Fixtures for every test: a real S3 server (moto's, over HTTP) on this machine, and an interpreter for GPU kernels."""
 
 from __future__ import annotations
 
 import logging
+import os
 import uuid
 from collections.abc import Iterator
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():  # Triton reads it when it is first imported: without a GPU kernels are interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

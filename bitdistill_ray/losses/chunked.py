@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdistill_ray.core import AttentionStates, TeacherSignals
 from bitdistill_ray.errors import ConfigError, ModelError, TeacherError
-from bitdistill_ray.losses.eager_gradient import weighted_sums
+from bitdistill_ray.losses import fused
+from bitdistill_ray.losses.eager_gradient import Summed, weighted_sums
 from bitdistill_ray.losses.objective import Loss, Objective, Scope
 from bitdistill_ray.losses.reduction import Totals, divide, valid_sum
 from bitdistill_ray.losses.relation import attention_relation_loss
-from bitdistill_ray.losses.teacher_view import Head, ViewMaker, blank, teacher_views
+from bitdistill_ray.losses.teacher_view import DenseView, Head, TeacherView, ViewMaker, blank, teacher_views
 from bitdistill_ray.losses.terms import Comparison, term_values
 
 RELATION = "relation"  # its key in Loss.parts
@@ -45,12 +47,48 @@ def chunk_sums(
     gamma: float | Tensor | None,
 ) -> Tensor:
     """Sums over a chunk's tokens of each term, fp32 [terms]; pure, without a read-back to Python."""
+    student_nV, teacher = _both_sides(hidden_nD, student_head, view_of, labels_n, present_n, objective)
+    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
+    return compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
+
+
+def chunk_gradient(
+    hidden_nD: Tensor,
+    factors_S: Tensor,
+    *,
+    student_head: Head,
+    view_of: ViewMaker | None,
+    labels_n: Tensor,
+    present_n: Tensor,
+    objective: Objective,
+    gamma: float | Tensor | None,
+) -> Summed:
+    """`chunk_sums`, and where the gradient of `factors_S` times them starts; a GPU makes both in one kernel."""
+    student_nV, teacher = _both_sides(hidden_nD, student_head, view_of, labels_n, present_n, objective)
+    if fused.covers(student_nV, teacher, objective):
+        view = teacher if isinstance(teacher, DenseView) else None
+        sums_S, grad_nV = fused.sums_and_gradient(
+            student_nV, view, labels_n, present_n, objective, gamma, factors_S
+        )  # fmt: skip
+        return Summed(sums_S, student_nV, grad_nV)
+    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
+    sums_S = compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
+    return Summed(sums_S.detach(), (sums_S * factors_S).sum())
+
+
+def _both_sides(
+    hidden_nD: Tensor,
+    student_head: Head,
+    view_of: ViewMaker | None,
+    labels_n: Tensor,
+    present_n: Tensor,
+    objective: Objective,
+) -> tuple[Tensor, TeacherView | None]:
+    """Both heads: (the student's logits [n, V], what the teacher said), rows that no term looks at made of zeros."""
     target_n = labels_n >= 0
     used_n = present_n | target_n if objective.needs_padding else target_n
     student_nV = student_head(blank(hidden_nD, used_n))
-    teacher = None if view_of is None else view_of(used_n)
-    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
-    return compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
+    return student_nV, None if view_of is None else view_of(used_n)
 
 
 def compared_sums(tokens: Comparison, present_n: Tensor, objective: Objective) -> Tensor:
@@ -149,9 +187,9 @@ def _token_sums(
         views = teacher_views(signals, teacher_head, tokens=labels_BT.numel(), chunk_tokens=chunk_tokens)
     else:
         views = [None] * len(sizes)
-    sums = [
-        partial(chunk_sums, student_head=student_head, view_of=v, labels_n=labels_n, present_n=present_n,
-                objective=objective, gamma=gamma)
+    given: list[dict[str, Any]] = [
+        {"student_head": student_head, "view_of": v, "labels_n": labels_n, "present_n": present_n,
+         "objective": objective, "gamma": gamma}
         for v, labels_n, present_n in zip(
             views, torch.split(labels_BT.flatten(), chunk_tokens), torch.split(present_BT.flatten(), chunk_tokens),
             strict=True,
@@ -161,17 +199,23 @@ def _token_sums(
     if parameters is None or not (torch.is_grad_enabled() and hidden_BTD.requires_grad):
         chunks = torch.split(hidden_nD, chunk_tokens)  # split: one concatenation in the backward pass
         made = [
-            checkpoint(function, h, use_reentrant=False, preserve_rng_state=False)
-            for function, h in zip(sums, chunks, strict=True)
+            checkpoint(partial(chunk_sums, **own), h, use_reentrant=False, preserve_rng_state=False)
+            for own, h in zip(given, chunks, strict=True)
         ]
         total_S = torch.stack(made).sum(0)
         return (total_S * factors_S).sum(), total_S.detach()
-    return weighted_sums(hidden_nD, parameters, list(zip(sizes, sums, strict=True)), factors_S)
+    chunks_of = [(size, partial(chunk_gradient, **own)) for size, own in zip(sizes, given, strict=True)]
+    return weighted_sums(hidden_nD, parameters, chunks_of, factors_S)
 
 
 def _trained_parameters(student_head: Head) -> list[nn.Parameter] | None:
-    """The head's parameters that learn; None where they cannot be known or ZeRO-3 has sharded them."""
+    """The head's parameters that learn; None where their gradient must not be made at once.
+
+    That is where they cannot be known, where ZeRO-3 has sharded them, and in fp16, whose loss scale only comes with the
+    backward pass: without it gradients of single tokens are too small for fp16.
+    """
     if not isinstance(student_head, nn.Module):
         return None
     parameters = [parameter for parameter in student_head.parameters() if parameter.requires_grad]
-    return None if any(hasattr(parameter, "ds_id") for parameter in parameters) else parameters
+    late = any(hasattr(parameter, "ds_id") or parameter.dtype is torch.float16 for parameter in parameters)
+    return None if late else parameters

@@ -6,19 +6,36 @@ chunk (weights and `Totals`), so each chunk can make its gradient at once, while
 losses do, here for any objective).  What stays is one gradient of the hidden states and one, in at least fp32, of the
 head.
 
+A chunk that makes its gradient beside its sums, in one kernel (`fused.py`), hands out the logits and what arrives at
+them.
+
 Not for ZeRO-3, whose parameters are whole only inside their module's own forward and backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-ChunkSums = Callable[[Tensor], Tensor]
-"""From the hidden states of a chunk [n, D] to its sums [S]; everything else it looks at is its own."""
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """A chunk's sums [S], detached, and where the gradient of their weighted sum starts: `upstream` arrives at `root`.
+
+    `root` may be the weighted sum itself; None then stands for 1.
+    """
+
+    sums_S: Tensor
+    root: Tensor
+    upstream: Tensor | None = None
+
+
+ChunkSums = Callable[[Tensor, Tensor], Summed]
+"""From the hidden states of a chunk [n, D] and the factors [S] to its sums; all else that it looks at is its own."""
 
 
 def weighted_sums(
@@ -46,14 +63,14 @@ class _WeightedSums(torch.autograd.Function):
             rows = slice(begin, begin + tokens)
             with torch.enable_grad():
                 chunk_nD = hidden_nD[rows].detach().requires_grad_()
-                sums_S = sums_of(chunk_nD)
-                chunk_grad_nD, *made = torch.autograd.grad((sums_S * factors_S).sum(), (chunk_nD, *parameters))
+                made = sums_of(chunk_nD, factors_S)
+            chunk_grad_nD, *new = torch.autograd.grad(made.root, (chunk_nD, *parameters), made.upstream)
             grad_nD[rows] = chunk_grad_nD
-            for grad, new in zip(grads, made, strict=True):
-                grad += new
-            total_S += sums_S.detach()
+            for grad, added in zip(grads, new, strict=True):
+                grad += added
+            total_S += made.sums_S
             begin += tokens
-            del sums_S, made, chunk_grad_nD
+            del made, new, chunk_grad_nD
         kept = [grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters, strict=True)]
         ctx.save_for_backward(grad_nD, *kept)
         ctx.mark_non_differentiable(total_S)

@@ -14,8 +14,9 @@ Three definitions are in use (BitNet Distillation), and all are settings of `Rel
 
 What the authors' code does not do: padding is masked out of rows *and* columns, tokens relate only within their own
 document, and the KL stays in log space.  One relation tensor is [B, R, T, T] (1 GB in fp32 at 32 x 32 x 512 x 512), so
-relation heads go in chunks under non-reentrant checkpointing.  Products run in the states' own dtype (tensor cores for
-bf16, and fp32 ones would take nearly half of the step); softmax and KL in fp32.
+relation heads go in chunks, on a GPU through one kernel (`relation_gradient.py`), elsewhere under non-reentrant
+checkpointing.  Products run in the states' own dtype (tensor cores for bf16, and fp32 ones would take nearly half of
+the step); softmax and KL in fp32.
 
 Shapes beyond those of core.py:   A heads of one of Q, K, V: H or J   R relation heads   W width of a relation head
 """
@@ -23,7 +24,6 @@ Shapes beyond those of core.py:   A heads of one of Q, K, V: H or J   R relation
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,11 +32,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdistill_ray.core import AttentionStates
 from bitdistill_ray.errors import ConfigError, ModelError
+from bitdistill_ray.losses import fused
 from bitdistill_ray.losses.divergence import kl_divergence
 from bitdistill_ray.losses.objective import RelationForm, RelationTerm
 from bitdistill_ray.losses.reduction import divide, valid_sum
+from bitdistill_ray.losses.relation_gradient import MASKED, row_kl_sum
 
-_MASKED = -1e30  # of both sides' logits: exp is 0, and their difference is 0
 _NORM_EPS = 1e-6
 
 
@@ -74,7 +75,7 @@ def relation_log_probabilities(rows_BRTW: Tensor, allowed_B1TT: Tensor) -> Tenso
     """log softmax over the allowed columns of rows . rows', at least fp32, [B, R, T, T]."""
     logits_BRTT = rows_BRTW @ rows_BRTW.transpose(-1, -2)
     logits_BRTT = logits_BRTT.to(torch.promote_types(logits_BRTT.dtype, torch.float32))
-    return logits_BRTT.masked_fill(~allowed_B1TT, _MASKED).log_softmax(-1)
+    return logits_BRTT.masked_fill(~allowed_B1TT, MASKED).log_softmax(-1)
 
 
 def _row_kl_sum(student_BRTW: Tensor, teacher_BRTW: Tensor, allowed_B1TT: Tensor, valid_BT: Tensor) -> Tensor:
@@ -96,15 +97,17 @@ def _relation_kl(
     if teacher_BRTW.shape[1] != heads:
         raise ModelError("attention relations", f"{heads} heads of the student, {teacher_BRTW.shape[1]} of the teacher",
                          "Set objective.relation.relation_heads to split both anew")  # fmt: skip
-    row_kl_sum: Callable[..., Tensor] = _row_kl_sum
     size = term.heads_per_chunk
-    chunks = zip(torch.split(student_BRTW, size, dim=1), torch.split(teacher_BRTW, size, dim=1), strict=True)
-    total = torch.stack(
-        [
-            checkpoint(row_kl_sum, s, t, allowed_B1TT, valid_BT, use_reentrant=False, preserve_rng_state=False)
-            for s, t in chunks
-        ]
-    ).sum()
+    if fused.runs_on(student_BRTW):
+        total = row_kl_sum(student_BRTW, teacher_BRTW, allowed_B1TT, valid_BT, size)
+    else:
+        chunks = zip(torch.split(student_BRTW, size, dim=1), torch.split(teacher_BRTW, size, dim=1), strict=True)
+        total = torch.stack(
+            [
+                checkpoint(_row_kl_sum, s, t, allowed_B1TT, valid_BT, use_reentrant=False, preserve_rng_state=False)
+                for s, t in chunks
+            ]
+        ).sum()
     return total / (heads * heads if term.divide_by_heads else heads)
 
 
