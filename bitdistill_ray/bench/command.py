@@ -6,7 +6,7 @@ Measures, and never judges.  Every value stands beside a limit that was measured
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
               top-k answers cost in the cache
-    train     a training step: what the live teacher, the quantisers and the chunked loss cost
+    train     a training step: what the live teacher, the quantisers, the chunked loss and further workers cost
     data      files to packed sequences, beside the tokenizer alone; peak memory as the text grows
 """
 
@@ -23,6 +23,7 @@ from bitdistill_ray.storage import write_json
 
 FORMATS = "ternary,int2,int3,nf3"
 SHAPES = "4096x4096"
+TRAINING = "steps,loss,scale"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +65,8 @@ def parser() -> argparse.ArgumentParser:
         choices=("small", "0.6b"),
         help="of the random model, the step and the loss; 0.6b: Qwen3-0.6B's shape, 8 x 2048 tokens (default on a GPU)",
     )
+    train.add_argument("--only", default=TRAINING, metavar="PART,…", help=f"some of {TRAINING}")
+    train.add_argument("--workers", type=int, help="of the scale part (default: every GPU, or 2 on CPUs)")
     train.set_defaults(run=_train)
 
     data = kinds.add_parser("data", parents=[shared])
@@ -143,12 +146,27 @@ def _teacher(options: argparse.Namespace) -> list[Row]:
 def _train(options: argparse.Namespace) -> list[Row]:
     from bitdistill_ray.bench.cluster import Machine, local_ray
 
+    parts = options.only.split(",")
+    for part in parts:
+        if part not in TRAINING.split(","):
+            raise ConfigError("--only", part, f"Give some of {TRAINING}")
     with local_ray(machine := Machine(device=options.device, threads=options.threads)):
-        from bitdistill_ray.bench import kernels, train
+        import torch
+
+        from bitdistill_ray.bench import kernels, loss, scale, train
 
         specs = [kernels.parse_format(name) for name in options.formats.split(",")]
         small = (options.size or ("0.6b" if options.device == "cuda" else "small")) == "small"
-        return train.measure(options.model, specs, machine, train.SMALL if small else train.LARGE)
+        load = train.SMALL if small else train.LARGE
+        workers = options.workers or (torch.cuda.device_count() if options.device == "cuda" else 2)
+        rows = train.measure(options.model, specs, machine, load) if "steps" in parts else []
+        if "loss" in parts:
+            rows += loss.measure(
+                load, torch.device(options.device), machine.threads if options.device == "cpu" else None
+            )
+        if "scale" in parts and workers > 1:
+            rows += scale.measure(options.model, specs[0], machine, load, workers)
+        return rows
 
 
 def _data(options: argparse.Namespace) -> list[Row]:

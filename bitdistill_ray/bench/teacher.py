@@ -2,7 +2,8 @@
 
 answers   tokens per second through actor, wire and client, limited by the forward pass in the same process
 wire      GiB/s of the answers with the forward pass taken out (the teacher remembers what it said), limited by one
-          plain array of as many bytes that the same actor sends
+          plain array of as many bytes that the same actor sends; also of the answer that a 0.6B student wants, hidden
+          states and Q, K, V (10 KiB a token)
 payload   bytes per token, beside full logits
 """
 
@@ -25,7 +26,7 @@ from bitdistill_ray.bench.cluster import Machine
 from bitdistill_ray.bench.models import Size, save_random
 from bitdistill_ray.bench.report import Row, Unit
 from bitdistill_ray.bench.timing import window
-from bitdistill_ray.core import Payload, TeacherSignals, TokenBatch
+from bitdistill_ray.core import AttentionStates, Payload, TeacherSignals, TokenBatch
 from bitdistill_ray.data.batch import BatchArrays, token_batch
 from bitdistill_ray.teacher.actor import Teacher
 from bitdistill_ray.teacher.client import TeacherClient
@@ -35,6 +36,8 @@ ROUNDS = 5
 ANSWERS = 4  # of one round
 IN_FLIGHT = 2
 LIVE, REMEMBERED = (2, 128), (8, 256)  # sequences x tokens of one question
+REPLAYED = {"cpu": (2, 2048), "cuda": (8, 2048)}
+HIDDEN, HEADS, KEY_HEADS, HEAD_SIZE = 1024, 16, 8, 128  # of Qwen3-0.6B
 TIMEOUT_S = 600.0
 GIB = 2**30
 
@@ -53,6 +56,20 @@ class MeasuredTeacher(Teacher):
         self.remembered = None
         if arrays is not None:
             self.remembered = self.signals(token_batch(arrays).to(self.device), request)
+
+    def replay(self, arrays: BatchArrays) -> None:
+        """Say from now on, about `arrays`, something of the size that a 0.6B teacher says."""
+        B, T = arrays["ids"].shape
+
+        def states(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=self.device).bfloat16()
+
+        q, k, v = (states(B, heads, T, HEAD_SIZE) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+        self.remembered = TeacherSignals(
+            sequence_ids=tuple(arrays["sequence_ids"].tolist()),
+            hidden_BTD=states(B, T, HIDDEN),
+            attention=AttentionStates(layer=0, q_BHTC=q, k_BJTC=k, v_BJTC=v),
+        )
 
     def forward_s(self, arrays: BatchArrays, request: SignalRequest, calls: int) -> float:
         """Seconds of one forward pass, averaged over `calls`."""
@@ -94,6 +111,7 @@ def _measure(teacher: Any, machine: Machine) -> list[Row]:
             "threads": machine.threads if machine.device == "cpu" else None,
         }
         alone, answered, _ = _answers(teacher, request, live)
+        ray.get(teacher.remember.remote(remembered, request))
         wire, bare, per_token = _wire(teacher, request, remembered)
         logits_bytes = logits_bytes or per_token
         rows += [
@@ -104,7 +122,17 @@ def _measure(teacher: Any, machine: Machine) -> list[Row]:
             Row(**shared, metric="payload per token", unit=Unit.BYTES, value=per_token, baseline=logits_bytes,
                 baseline_is="all logits in the teacher's dtype"),
         ]  # fmt: skip
-    return rows
+    return [*rows, _replayed_row(teacher, machine, vocabulary)]
+
+
+def _replayed_row(teacher: Any, machine: Machine, vocabulary: int) -> Row:
+    sequences, tokens = REPLAYED[machine.device]
+    arrays = random_arrays(sequences, tokens, vocabulary)
+    ray.get(teacher.replay.remote(arrays))
+    wire, bare, _ = _wire(teacher, SignalRequest(attention_layer=0), arrays)
+    return Row(case=f"teacher, hidden + Q, K, V of {sequences} x {tokens} tokens, replayed", metric="wire",
+               threads=machine.threads if machine.device == "cpu" else None, unit=Unit.GIB_S, value=wire, limit=bare,
+               limit_is="one plain array of as many bytes, from the same actor")  # fmt: skip
 
 
 def _answers(teacher: Any, request: SignalRequest, arrays: BatchArrays) -> tuple[float, float, float]:
@@ -117,7 +145,6 @@ def _answers(teacher: Any, request: SignalRequest, arrays: BatchArrays) -> tuple
 
 def _wire(teacher: Any, request: SignalRequest, arrays: BatchArrays) -> tuple[float, float, float]:
     """GiB/s of remembered answers and of a plain array, and bytes per token."""
-    ray.get(teacher.remember.remote(arrays, request))
     client = TeacherClient([teacher], request, timeout_s=TIMEOUT_S, attempts=1)
     client.answer(client.ask(arrays), arrays)
     nbytes = int(client.take_counters()["teacher_bytes"])

@@ -4,7 +4,7 @@
                 with the answers already in memory
                 with quantised linears, beside the same step of the plain model
     arithmetic  of the step, limited by the device's peak where it is known (the share is the MFU)
-    loss        in chunks of tokens, beside all tokens at once: peak memory and time
+    loss        in chunks of tokens, beside the plain formula on all tokens at once: peak memory and time
 
 Steps run inside Ray Train, under DeepSpeed, as in a run; only the tokens are random.
 """
@@ -27,19 +27,15 @@ import torch
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch import nn
 
 from bitdistill_ray.bench.batches import RandomFeeder
 from bitdistill_ray.bench.cluster import Machine
-from bitdistill_ray.bench.memory import peak_bytes
 from bitdistill_ray.bench.models import Size, save_random
 from bitdistill_ray.bench.report import Row, Unit
 from bitdistill_ray.bench.timing import WINDOWS, seconds_per_call, synchronize
 from bitdistill_ray.config import Config
 from bitdistill_ray.core import QuantSpec, TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
-from bitdistill_ray.losses.chunked import chunked_loss
-from bitdistill_ray.losses.objective import Objective, Term, TermKind
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
@@ -74,7 +70,7 @@ SMALL = Load(model=Size(hidden=256, layers=4, vocabulary=4096), sequences=4, tok
              loss_tokens=512, loss_chunk=64, loss_hidden=256, loss_vocabulary=16384)  # fmt: skip
 LARGE = Load(model=Size(hidden=1024, layers=28, vocabulary=151_936, context=2048, heads=16, head_size=128),
              sequences=8, tokens=2048,
-             loss_tokens=8192, loss_chunk=1024, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
+             loss_tokens=8192, loss_chunk=2048, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
 
 Measured = dict[str, dict[str, float]]
 """Seconds of a step, `live` and from `memory`, and `flops`, the operations of a step, by the name of the job."""
@@ -84,9 +80,9 @@ def measure(source: str | None, specs: Sequence[QuantSpec], machine: Machine, lo
     """Rows of one student in each format, taught by the plain model it came from: `source`, or a random one."""
     with tempfile.TemporaryDirectory() as folder:
         source = source or save_random(Path(folder) / "teacher", load.model)
-        config = _config(source, machine, folder, load)
+        config = config_of(source, machine.config, folder, load)
         pool = TeacherPool.start(source, config.teacher, config.storage)
-        feeder = ray.remote(RandomFeeder).options(num_cpus=0).remote(load.sequences, load.tokens, _vocabulary(source))
+        feeder = ray.remote(RandomFeeder).options(num_cpus=0).remote(load.sequences, load.tokens, vocabulary(source))
         monitor = ray.remote(Monitor).options(num_cpus=0).remote(RunFolder(config).storage, STAGE)
         try:
             jobs = _jobs(source, specs, config, pool, feeder=feeder, monitor=monitor)
@@ -97,26 +93,27 @@ def measure(source: str | None, specs: Sequence[QuantSpec], machine: Machine, lo
                 ray.kill(actor)
     threads = machine.threads if machine.device == "cpu" else None
     rows = [row for spec in specs for row in _step_rows(spec, measured[_name(spec)], measured[PLAIN], threads)]
-    relation = _live_row(specs[0], RELATION, measured[RELATION], threads)
-    return [relation, *rows, *_loss_rows(load, torch.device(machine.device), threads)]
+    return [_live_row(specs[0], RELATION, measured[RELATION], threads), *rows]
 
 
-def _config(source: str, machine: Machine, folder: str, load: Load) -> Config:
-    stage = DistillStage(batch_sequences=load.sequences, sources=(SourceConfig(path="random tokens"),),
-                         loss=LossConfig(forward_kl=1.0))  # fmt: skip
-    base = machine.config
+def config_of(source: str, base: Config, folder: str, load: Load) -> Config:
+    """`base` with the steps of `load` in a run below `folder`: as many sequences for each student worker."""
+    stage = DistillStage(batch_sequences=load.sequences * base.student.workers,
+                         sources=(SourceConfig(path="random tokens"),), loss=LossConfig(forward_kl=1.0))  # fmt: skip
+    student = {"micro_batch": load.sequences, "chunk_tokens": load.loss_chunk}
     return base.model_copy(
         update={
             "run": f"{folder}/run",
             "model": base.model.model_copy(update={"teacher": source}),
             "data": base.data.model_copy(update={"sequence_length": load.tokens}),
-            "student": base.student.model_copy(update={"micro_batch": load.sequences}),
+            "student": base.student.model_copy(update=student),
             "stages": {STAGE: stage},
         }
     )
 
 
-def _vocabulary(source: str) -> int:
+def vocabulary(source: str) -> int:
+    """How many tokens the model at `source` knows."""
     return int(load_model(source, dtype=torch.bfloat16)[0].config.vocab_size)
 
 
@@ -124,29 +121,41 @@ def _name(spec: QuantSpec) -> str:
     return f"{spec.format}:a{spec.activation_bits or 16}"
 
 
+def job_of(
+    config: Config, pool: TeacherPool, *, source: str | None, model_source: str | None, **actors: Any
+) -> TrainJob:
+    """A job whose student is published in the run at `source`, or loaded from `model_source`."""
+    return TrainJob(
+        config=config,
+        stage_name=STAGE,
+        run=RunFolder(config),
+        loss=LossConfig(forward_kl=1.0),
+        steps=1000,
+        output="unused",
+        teachers=pool.roster,
+        source=source,
+        model_source=model_source,
+        **actors,
+    )
+
+
+def publish_student(config: Config, teacher: str, spec: QuantSpec) -> str:
+    """Quantise the model at `teacher` into the run; returns where in the run it lies."""
+    model, tokenizer = load_model(teacher, dtype=torch.float32)
+    quantize_linears(model, spec)
+    with RunFolder(config).publish(f"students/{_name(spec)}") as published:
+        save_student(published / "latent", model, tokenizer)
+    return f"students/{_name(spec)}/latent"
+
+
 def _jobs(
     source: str, specs: Sequence[QuantSpec], config: Config, pool: TeacherPool, **actors: Any
 ) -> dict[str, TrainJob]:
     """The job of each format, of the plain model, and of the first format with relations of the last layer."""
-    run = RunFolder(config)
-    job = partial(
-        TrainJob,
-        config=config,
-        stage_name=STAGE,
-        run=run,
-        loss=LossConfig(forward_kl=1.0),
-        steps=1000,
-        output="unused",
-        teachers=pool.handles,
-        **actors,
-    )
+    job = partial(job_of, config, pool, **actors)
     jobs = {PLAIN: job(source=None, model_source=source)}
     for spec in specs:
-        model, tokenizer = load_model(source, dtype=torch.float32)
-        quantize_linears(model, spec)
-        with run.publish(f"students/{_name(spec)}") as published:
-            save_student(published / "latent", model, tokenizer)
-        jobs[_name(spec)] = job(source=f"students/{_name(spec)}/latent", model_source=None)
+        jobs[_name(spec)] = job(source=publish_student(config, source, spec), model_source=None)
     relations = LossConfig(forward_kl=1.0, relation=RelationConfig(weight=1.0, heads=None))
     layers = load_model(source, dtype=torch.bfloat16)[0].config.num_hidden_layers
     return {
@@ -159,12 +168,19 @@ def _on_a_worker(
     jobs: Mapping[str, TrainJob], config: Config, folder: str, monitor: Any
 ) -> dict[str, dict[str, float]]:
     """`measure_steps` in one Ray Train worker."""
+    fit(measure_steps, {"jobs": jobs}, config, folder)
+    row: dict[str, Measured] = ray.get(monitor.own_rows.remote())[-1]
+    return row[MEASURED]
+
+
+def fit(function: Any, settings: Mapping[str, Any], config: Config, folder: str) -> None:
+    """Run `function(settings)` in the student workers that `config` asks for."""
     student = config.student
     trainer = TorchTrainer(
-        measure_steps,
-        train_loop_config={"jobs": jobs},
+        function,
+        train_loop_config=dict(settings),
         scaling_config=ScalingConfig(
-            num_workers=1,
+            num_workers=student.workers,
             use_gpu=student.gpus > 0,
             resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
         ),
@@ -174,8 +190,6 @@ def _on_a_worker(
         trainer.fit()
     except (RayError, ray.train.TrainingFailedError) as error:
         raise user_error(error) or error from None
-    row: dict[str, Measured] = ray.get(monitor.own_rows.remote())[-1]
-    return row[MEASURED]
 
 
 def measure_steps(settings: Mapping[str, Mapping[str, TrainJob]]) -> None:
@@ -183,7 +197,7 @@ def measure_steps(settings: Mapping[str, Mapping[str, TrainJob]]) -> None:
     workers = {name: Worker(job) for name, job in settings["jobs"].items()}
     device = next(iter(workers.values())).device
     live = {name: _live_s(worker) for name, worker in workers.items()}
-    remembered = {name: _remembering(worker) for name, worker in workers.items()}
+    remembered = {name: remembering(worker) for name, worker in workers.items()}
     memory = seconds_per_call(remembered, device=device)
     flops = {name: _step_flops(worker) for name, worker in workers.items()}
     row = {
@@ -208,16 +222,17 @@ def _live_s(worker: Worker) -> float:
                   in_flight=worker.job.config.teacher.in_flight)  # fmt: skip
     ends = []
     for micros in inbox:
-        worker.step(micros, inbox.signals)
+        worker.step(micros, inbox.signals, inbox.take_up)
         synchronize(worker.device)
         ends.append(time.perf_counter())
     return median(after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False))
 
 
-def _remembering(worker: Worker) -> Any:
+def remembering(worker: Worker) -> Any:
     """One step on the first batch, whose answers are asked for here once."""
+    share: dict[str, int] = {"rank": worker.rank, "ranks": worker.ranks, "micros": worker.micros}
     micros: list[BatchArrays] = [
-        ray.get(worker.job.feeder.batch.remote(0, micro=micro, micros=worker.micros)) for micro in range(worker.micros)
+        ray.get(worker.job.feeder.batch.remote(0, micro=micro, **share)) for micro in range(worker.micros)
     ]
     assert worker.client is not None
     answers: dict[int, TeacherSignals] = {
@@ -248,36 +263,4 @@ def _step_rows(
         Row(**shared, metric="arithmetic", unit=Unit.TFLOP_S, value=measured["flops"] / seconds / TERA,
             limit=None if peak is None else peak / TERA, limit_is="dense bf16 peak of the data sheet",
             baseline=plain["flops"] / plain["memory"] / TERA, baseline_is="the step that is not quantised"),
-    ]  # fmt: skip
-
-
-def _loss_rows(load: Load, device: torch.device, threads: int | None) -> list[Row]:
-    """Forward and backward pass of the loss alone, chunked and whole; on a GPU in bf16."""
-    placed: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if device.type == "cuda" else torch.float32}
-    heads = [nn.Linear(load.loss_hidden, load.loss_vocabulary, bias=False, **placed) for _ in range(2)]
-    heads[1].requires_grad_(requires_grad=False)
-    shape = (4, load.loss_tokens // 4, load.loss_hidden)
-    student_BTD, teacher_BTD = (torch.randn(shape, **placed) for _ in range(2))
-    labels_BT = torch.randint(load.loss_vocabulary, shape[:2], device=device)
-    signals = TeacherSignals(sequence_ids=("random",) * shape[0], hidden_BTD=teacher_BTD)
-    objective = Objective(terms=(Term(kind=TermKind.FORWARD_KL),))
-
-    def loss(chunk_tokens: int) -> None:
-        hidden_BTD = student_BTD.clone().requires_grad_()
-        heads[0].zero_grad()
-        loss = chunked_loss(hidden_BTD, heads[0], signals, heads[1], labels_BT, objective, chunk_tokens=chunk_tokens)
-        loss.value.backward()  # type: ignore[no-untyped-call]
-
-    chunked, whole = partial(loss, load.loss_chunk), partial(loss, load.loss_tokens)
-    times = seconds_per_call({"chunked": chunked, "whole": whole}, device=device, windows=5)
-    shared: dict[str, Any] = {
-        "case": f"loss of {load.loss_tokens} tokens in chunks of {load.loss_chunk}",
-        "threads": threads,
-        "baseline_is": f"all {load.loss_tokens} tokens at once, vocabulary {load.loss_vocabulary}",
-    }
-    return [
-        Row(**shared, metric="peak memory", unit=Unit.MIB, value=peak_bytes(chunked, device) / 2**20,
-            baseline=peak_bytes(whole, device) / 2**20),
-        Row(**shared, metric="time", unit=Unit.MILLISECONDS, value=times["chunked"] * 1e3,
-            baseline=times["whole"] * 1e3),
     ]  # fmt: skip

@@ -33,6 +33,7 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient, Ticket
+from bitdistill_ray.teacher.landing import Landing
 
 FORMAT = 1  # of records and blocks: another one is another space
 MIB = 2**20
@@ -96,13 +97,16 @@ class CachedTeacher:
         if found is not None:
             self.hits += len(arrays["ids"])
             wire.check_answer({**found, "digest": wire.batch_digest(arrays)}, arrays)
-            return wire.decode_signals(found, device)
+            return Landing(found, torch.device(device)).take()
         self.misses += len(arrays["ids"])
         assert ticket.live is not None  # _pass_on saw to it
         message = wire.encode_signals(self.client.answer(ticket.live, arrays))
         entries = entries_of(message, self.coder)
         self._keep(dict(zip(keys_of(arrays), entries, strict=True)))
-        return wire.decode_signals(message_of(entries, self.coder, message["sequence_ids"]), device)
+        return Landing(message_of(entries, self.coder, message["sequence_ids"]), torch.device(device)).take()
+
+    def take_up(self, ticket: CacheTicket, device: torch.device | str = "cpu") -> None:
+        """Nothing: blocks are read and decoded beside the student already."""
 
     def take_counters(self) -> dict[str, float]:
         """Counters since the last call."""

@@ -36,6 +36,10 @@ class Answers(Protocol):
         """The answer to a ticket, which is about `arrays`; tickets in the order in which they were given."""
         ...
 
+    def take_up(self, ticket: Any, device: torch.device | str = "cpu") -> None:
+        """Begin to copy the answer to a ticket to `device`, if it is there already."""
+        ...
+
     def take_counters(self) -> dict[str, float]:
         """Counters for the log, since the last call."""
         ...
@@ -101,6 +105,11 @@ class Inbox:
         answer = self.client.answer(self.tickets.popleft(), arrays, device)
         self._ask()
         return answer
+
+    def take_up(self, device: torch.device) -> None:
+        """Begin to copy the next answer, if it is there, while `device` works through what it was given."""
+        if self.client is not None and self.tickets:
+            self.client.take_up(self.tickets[0], device)
 
     def _look_ahead(self) -> None:
         while self.next < self.steps and len(self.ahead) < STEPS_AHEAD:

@@ -6,8 +6,9 @@ backward pass, so that neither padding nor the number of workers or micro-batche
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import deepspeed
@@ -107,15 +108,20 @@ class Worker:
         )
         for step, micros in enumerate(inbox, start=position.step):
             began = time.perf_counter()
-            losses, tokens = self.step(micros, inbox.signals)
+            losses, tokens = self.step(micros, inbox.signals, inbox.take_up)
             self._report(step, losses, tokens, time.perf_counter() - began, inbox)
             self._save_if_due(step + 1)
         self.checkpoints.close()
         self._publish()
         ray.train.report({"step": self.job.steps})
 
-    def step(self, micros: list[BatchArrays], signals_of: SignalsOf) -> tuple[dict[str, Tensor], Tensor]:
-        """One optimiser step: (loss and parts averaged over all ranks' micro-batches, target tokens of all ranks)."""
+    def step(
+        self, micros: list[BatchArrays], signals_of: SignalsOf, meanwhile: Callable[[torch.device], None] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimiser step: (loss and parts averaged over all ranks' micro-batches, target tokens of all ranks).
+
+        `meanwhile` is called whenever the device has a backward pass before it and this process nothing to do.
+        """
         batches = [token_batch(arrays) for arrays in micros]
         totals = Totals(torch.zeros(3, dtype=torch.float64))
         for batch in batches:
@@ -131,6 +137,8 @@ class Worker:
             self.probes.micro(batch, signals, shared)
             value, parts = self.engine(batch, signals, shared)
             self.engine.backward(value)
+            if meanwhile is not None:
+                meanwhile(self.device)
             self.engine.step()
             for name, part in {"loss": value.detach(), **parts}.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + part / self.micros
@@ -160,10 +168,16 @@ class Worker:
             **probed,
         }
         inbox.data_wait_s = 0.0
-        if not torch.isfinite(losses["loss"]):
-            raise ModelError(f"stages.{self.job.stage_name}", f"the loss of step {step} is {values[0]}",
-                             "Lower the learning rate, or look at the data of that step")  # fmt: skip
+        self._refuse_what_is_not_finite(row)
         self.job.monitor.step.remote(row)
+
+    def _refuse_what_is_not_finite(self, row: Mapping[str, Any]) -> None:
+        """Stop before such weights are saved.  An fp16 overflow is DeepSpeed's to skip, with a smaller loss scale."""
+        norm = None if self.dtype is torch.float16 else row["grad_norm"]
+        for name, value in (("loss", row["loss"]), ("gradient norm", norm)):
+            if value is not None and not math.isfinite(value):
+                raise ModelError(f"stages.{self.job.stage_name}", f"the {name} of step {row['step']} is {value}",
+                                 "Lower the learning rate, or look at the data of that step")  # fmt: skip
 
     def _resume(self) -> Position:
         context, zero = ray.train.get_context(), self.job.config.student.zero

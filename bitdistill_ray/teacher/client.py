@@ -25,6 +25,7 @@ from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.teacher import wire
+from bitdistill_ray.teacher.landing import Landing
 from bitdistill_ray.teacher.recovery import PAUSE_S, is_ready
 from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Membership, Report, Roster
@@ -35,12 +36,13 @@ SEE_LOGS = "See the teachers' logs, or raise teacher.timeout_s"
 
 @dataclass(slots=True)
 class Ticket:
-    """One question: its batch, the number of the teacher that has it, how often it was asked."""
+    """One question: its batch, the number of the teacher that has it, how often it was asked, what it said."""
 
     batch: Any
     teacher: int
     answer: Any
     attempt: int = 1
+    landing: Landing | None = None
 
 
 class TeacherClient:
@@ -88,11 +90,15 @@ class TeacherClient:
         Raises:
             TeacherError: no teacher answered in `attempts` x `timeout_s`, or the answer is about something else.
         """
-        message = self._wait(ticket)
+        landing = ticket.landing or self._land(ticket, arrays, device)
         self.follow()
-        self.received_bytes += wire.payload_bytes(message)
-        wire.check_answer(message, arrays)
-        return wire.decode_signals(message, device)
+        return landing.take()
+
+    def take_up(self, ticket: Ticket, device: torch.device | str = "cpu") -> None:
+        """Begin to copy the answer to `device` if it is there; call this while the device computes something else."""
+        if ticket.landing is None and ray.wait([ticket.answer], timeout=0)[0]:
+            arrays = ray.get(ticket.batch) if isinstance(ticket.batch, ray.ObjectRef) else ticket.batch
+            ticket.landing = self._land(ticket, arrays, device)
 
     def take_counters(self) -> dict[str, float]:
         """Counters since the last call."""
@@ -125,6 +131,12 @@ class TeacherClient:
         self.membership = membership
         numbers = {n for n, count in self.outstanding.items() if count} | set(membership.teachers)
         self.outstanding = {n: self.outstanding.get(n, 0) for n in sorted(numbers)}
+
+    def _land(self, ticket: Ticket, arrays: BatchArrays, device: torch.device | str) -> Landing:
+        message = self._wait(ticket)
+        self.received_bytes += wire.payload_bytes(message)
+        wire.check_answer(message, arrays)
+        return Landing(message, torch.device(device))
 
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:

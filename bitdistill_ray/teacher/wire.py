@@ -8,6 +8,7 @@ Nothing is cast on the way: a float16 teacher's states arrive as float16.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ _BF16 = ":bf16"
 
 
 def put(message: Message, key: str, tensor: Tensor) -> None:
-    """Add `tensor` (any device) to `message`; the copy to the host happens here."""
-    tensor = tensor.detach().contiguous().cpu()
+    """Add `tensor` (any device) to `message`; the copy to the host happens here, on a GPU into pinned memory."""
+    tensor = tensor.detach().contiguous()
+    if tensor.is_cuda:
+        tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
     if tensor.dtype == torch.bfloat16:
         message[key + _BF16] = tensor.view(torch.int16).numpy()
     else:
@@ -33,12 +36,17 @@ def put(message: Message, key: str, tensor: Tensor) -> None:
 
 def get(message: Message, key: str) -> Tensor:
     """The tensor that `put` stored, bit for bit."""
-    bf16 = key + _BF16 in message
-    array: np.ndarray[Any, Any] = message[key + _BF16] if bf16 else message[key]
+    array, dtype = array_of(message, key)
     if not array.flags.writeable:
         array = array.copy()  # what lies in the object store is read-only, which torch cannot express
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if bf16 else tensor
+    return torch.from_numpy(array).view(dtype)
+
+
+def array_of(message: Message, key: str) -> tuple[np.ndarray[Any, Any], torch.dtype]:
+    """The array that `put` stored, as it lies in the object store, and the dtype of the tensor whose bits it holds."""
+    if key + _BF16 in message:
+        return message[key + _BF16], torch.bfloat16
+    return message[key], torch.from_numpy(np.empty(0, message[key].dtype)).dtype
 
 
 def has(message: Message, key: str) -> bool:
@@ -89,11 +97,11 @@ def encode_signals(signals: TeacherSignals) -> Message:
     return message
 
 
-def decode_signals(message: Message, device: torch.device | str = "cpu") -> TeacherSignals:
-    """The inverse of `encode_signals`, on `device`."""
+def decode_signals(message: Message, place: Callable[[Message, str], Tensor] = get) -> TeacherSignals:
+    """The inverse of `encode_signals`; `place` makes the tensors, on the CPU if nothing else is said."""
 
     def tensor(key: str) -> Tensor | None:
-        return get(message, key).to(device, non_blocking=True) if has(message, key) else None
+        return place(message, key) if has(message, key) else None
 
     ids, logprobs = tensor("topk_ids"), tensor("topk_logprobs")
     drawn, drawn_logprobs = tensor("sampled_ids"), tensor("sampled_logprobs")
@@ -123,6 +131,6 @@ def check_answer(answer: Message, arrays: BatchArrays) -> None:
         raise TeacherError("teacher answer", f"is about {answer['sequence_ids'][:2]}, asked was {asked[:2]}",
                            "Report this as a bug: a request was mixed up")  # fmt: skip
     for key in ("hidden", "logits", "topk_ids", "sampled_ids"):
-        if has(answer, key) and (shape := get(answer, key).shape[:2]) != arrays["ids"].shape:
-            raise TeacherError("teacher answer", f"{key} covers {tuple(shape)} positions of {arrays['ids'].shape}",
+        if has(answer, key) and (shape := array_of(answer, key)[0].shape[:2]) != arrays["ids"].shape:
+            raise TeacherError("teacher answer", f"{key} covers {shape} positions of {arrays['ids'].shape}",
                                "Run one version of bitdistill-ray on all nodes")  # fmt: skip

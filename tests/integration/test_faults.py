@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(tmp_path: Path, 
     assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(50))
 
 
-def broken(settings: dict[str, TrainJob]) -> None:
+def nan_loss(settings: dict[str, TrainJob]) -> None:
     """A worker whose model gives no finite loss."""
     worker = Worker(settings["job"])
     with torch.no_grad():
@@ -168,13 +168,24 @@ def broken(settings: dict[str, TrainJob]) -> None:
     worker.run()
 
 
+def infinite_gradient(settings: dict[str, TrainJob]) -> None:
+    """A worker whose loss is fine and whose gradient is not."""
+    worker = Worker(settings["job"])
+    worker.model.get_input_embeddings().weight.register_hook(lambda grad: grad * float("inf"))
+    worker.run()
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [(nan_loss, "the loss of step 0 is nan"), (infinite_gradient, "the gradient norm of step 0 is inf")],
+)
 def test_storage_is_left_alone_by_a_stage_that_fails(
-    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., None], said: str
 ) -> None:
     """A failing stage publishes nothing: the run holds what the stages before it made."""
     monkeypatch.setattr(training, "train_worker", broken)
     config = tiny_config(tmp_path, f"data={corpus}", *TRAIN_ONLY, "student.dtype=fp32", "student.max_failures=0")
-    with pytest.raises(ModelError, match="the loss of step 0 is nan"):
+    with pytest.raises(ModelError, match=said):
         run(config)
     storage = Storage(tmp_path / "run")
     assert storage.is_complete("stages/refine/student")
