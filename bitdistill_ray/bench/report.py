@@ -9,10 +9,12 @@ A limit is measured in the same run, next to the value, so that a busy or thrott
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from bitdistill_ray.errors import KernelError
 from bitdistill_ray.evaluation.table import align
 from bitdistill_ray.machine import commit, describe_machine, versions
 
@@ -91,7 +93,10 @@ def as_json(rows: Sequence[Row]) -> dict[str, Any]:
     """The whole file: which code, where, and the rows."""
     from bitdistill_kernels import instruction_sets
 
-    machine = {**describe_machine(), "kernels": instruction_sets()["chosen"]}
+    kernels = None  # a checkout without the compiled library measures everything else
+    with suppress(KernelError):
+        kernels = instruction_sets()["chosen"]
+    machine = {**describe_machine(), "kernels": kernels}
     return {"commit": commit(), "machine": machine, "versions": versions(), "rows": [row.to_dict() for row in rows]}
 
 

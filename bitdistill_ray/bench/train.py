@@ -70,7 +70,7 @@ SMALL = Load(model=Size(hidden=256, layers=4, vocabulary=4096), sequences=4, tok
              loss_tokens=512, loss_chunk=64, loss_hidden=256, loss_vocabulary=16384)  # fmt: skip
 LARGE = Load(model=Size(hidden=1024, layers=28, vocabulary=151_936, context=2048, heads=16, head_size=128),
              sequences=8, tokens=2048,
-             loss_tokens=8192, loss_chunk=2048, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
+             loss_tokens=8192, loss_chunk=4096, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
 
 Measured = dict[str, dict[str, float]]
 """Seconds of a step, `live` and from `memory`, and `flops`, the operations of a step, by the name of the job."""

@@ -93,8 +93,8 @@ def compare_rows(
         reverse = (tl.sum(apart * held, 0) - t_lse * tl.sum(barred * held, 0)) / total - s_lse + t_lse
         confidence = tl.load(gamma + row)
         if GAMMA_OF_LABEL:
-            y = tl.load(teacher + label, mask=label >= 0, other=float("-inf")).to(tl.float32) * inverse_tau
-            confidence = tl.exp(y - t_lse)
+            said = tl.load(teacher + label, mask=label >= 0, other=float("-inf")).to(tl.float32) * inverse_tau
+            confidence = tl.exp(said - t_lse)
             tl.store(gamma + row, confidence)
         mixed = tl.load(weights + row * 4 + 3)
         f += mixed * (1.0 - confidence)

@@ -57,7 +57,7 @@ class _WeightedSums(torch.autograd.Function):
         ctx: Any, hidden_nD: Tensor, factors_S: Tensor, chunks: tuple[tuple[int, ChunkSums], ...], *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
         grad_nD = torch.empty_like(hidden_nD)
-        grads = [torch.zeros_like(parameter, dtype=factors_S.dtype) for parameter in parameters]
+        grads: list[Tensor] = []
         total_S, begin = torch.zeros_like(factors_S), 0
         for tokens, sums_of in chunks:
             rows = slice(begin, begin + tokens)
@@ -66,8 +66,11 @@ class _WeightedSums(torch.autograd.Function):
                 made = sums_of(chunk_nD, factors_S)
             chunk_grad_nD, *new = torch.autograd.grad(made.root, (chunk_nD, *parameters), made.upstream)
             grad_nD[rows] = chunk_grad_nD
-            for grad, added in zip(grads, new, strict=True):
-                grad += added
+            if begin == 0:
+                grads = [added.to(factors_S.dtype, copy=True) for added in new]
+            else:
+                for grad, added in zip(grads, new, strict=True):
+                    grad += added
             total_S += made.sums_S
             begin += tokens
             del made, new, chunk_grad_nD

@@ -17,6 +17,7 @@ from torch import nn
 
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.stage_config import TrainStage
+from bitdistill_ray.student.gradient_norm import norm_at_once
 
 SHARED_MEMORY_REDUCTION = "deepspeed_shm_comm"
 
@@ -38,6 +39,8 @@ def start_engine(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=scheduler, config=zero_config(stage, student, dtype)
     )
+    if student.zero in (1, 2) and student.gpus:
+        norm_at_once(engine.optimizer)
     return engine
 
 
