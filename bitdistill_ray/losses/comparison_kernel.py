@@ -27,7 +27,7 @@ import triton.language as tl
 
 LOG_FLOOR: tl.constexpr = tl.constexpr(-1e4)  # divergence.LOG_FLOOR
 _BARRED: tl.constexpr = tl.constexpr(-8e3)  # below this a teacher's logit is -inf, or as good as that
-_LOWEST: tl.constexpr = tl.constexpr(-1e30)  # a running maximum before it has seen anything
+_LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a running maximum before it has seen anything, even what is masked
 
 
 @triton.jit

@@ -101,10 +101,10 @@ def test_what_it_does_not_cover_goes_the_general_way() -> None:
     assert not fused.covers(torch.zeros(2, 8), dense, ce), "without a GPU"
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("heads", [None, 4], ids=["own heads", "4 relation heads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("heads", "causal"), [(None, False), (4, True)], ids=["own heads", "4 causal ones"])
 def test_relations_are_those_of_the_general_way(
-    heads: int | None, causal: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int | None, causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With padding and two documents in a row, and heads in chunks of which the last is smaller."""
     term = RelationTerm(weight=1.0, relation_heads=heads, causal=causal, heads_per_chunk=3, temperature=0.2)
@@ -115,16 +115,17 @@ def test_relations_are_those_of_the_general_way(
     def loss(kernel: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         monkeypatch.setattr(fused, "runs_on", lambda tensor: kernel)
         student, teacher = attention(0), attention(10)
-        states = [x.to(DEVICE).requires_grad_() for x in (student.q_BHTC, student.k_BJTC, student.v_BJTC)]
+        states = [x.to(DEVICE, dtype).requires_grad_() for x in (student.q_BHTC, student.k_BJTC, student.v_BJTC)]
         student.q_BHTC, student.k_BJTC, student.v_BJTC = states
         teacher.q_BHTC, teacher.k_BJTC, teacher.v_BJTC = (
-            x.to(DEVICE) for x in (teacher.q_BHTC, teacher.k_BJTC, teacher.v_BJTC)
+            x.to(DEVICE, dtype) for x in (teacher.q_BHTC, teacher.k_BJTC, teacher.v_BJTC)
         )
         value = attention_relation_loss(student, teacher, valid, term, segment_BT=segment)
         return value.detach(), list(torch.autograd.grad(3.0 * value, states))
 
     expected, expected_grads = loss(kernel=False)
     value, grads = loss(kernel=True)
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+    rounding = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(value, expected, rtol=rounding, atol=0)
     for found, wanted in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+        assert float((found - wanted).norm() / wanted.norm()) < 2 * rounding
