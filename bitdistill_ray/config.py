@@ -135,7 +135,7 @@ class TeacherConfig(Strict):
     join: str | None = None
     """Name of a pool that `bitdistill teacher up` started: its teachers are used, and this run starts none."""
     gpus: float = Field(0, ge=0)
-    """GPUs of one actor; fractions share a GPU."""
+    """GPUs of one actor: a fraction shares one, more than 1 spread the layers of a teacher that one cannot hold."""
     cpus: float = Field(1, ge=0)
     threads: int | None = Field(None, ge=1)
     """torch threads of one actor on CPUs; empty: all cores of its node."""
@@ -157,6 +157,13 @@ class TeacherConfig(Strict):
         if self.cache.folder and self.cache.coding is Coding.COMPACT and self.payload is not Payload.TOPK:
             raise ConfigError("teacher.cache.coding", f"compact with teacher.payload={self.payload}, which is kept as "
                               "it is", "Use lossless, or teacher.payload=topk")  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> TeacherConfig:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ConfigError("teacher.gpus", f"{self.gpus}: above 1 Ray gives whole GPUs only",
+                              f"Give {int(self.gpus)} or {int(self.gpus) + 1}")  # fmt: skip
         return self
 
     @property

@@ -24,6 +24,13 @@ def compute_dtype(wanted: Dtype, device: torch.device) -> tuple[torch.dtype, str
     return torch.float32, "this CPU has no bf16 instructions"
 
 
+def local_devices() -> list[torch.device]:
+    """The GPUs that Ray gave to this process, else the CPU."""
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+
+
 def local_device() -> torch.device:
-    """The GPU that Ray gave to this process, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first GPU that Ray gave to this process, else the CPU."""
+    return local_devices()[0]

@@ -203,3 +203,9 @@ def test_monitoring_is_checked_like_the_rest() -> None:
         check(tree(data="/corpus", monitor={"codes_every": -1}))
     with pytest.raises(ConfigError, match="gradients_every"):
         check(tree(data="/corpus", monitor={"gradient_every": 5}))
+
+
+def test_a_teacher_is_given_part_of_a_gpu_or_whole_ones() -> None:
+    assert [check(tree(teacher={"gpus": gpus})).teacher.gpus for gpus in (0.25, 1, 4)] == [0.25, 1, 4]
+    with pytest.raises(ConfigError, match=r"teacher\.gpus: 1\.5: above 1 Ray gives whole GPUs only\. Give 1 or 2"):
+        check(tree(teacher={"gpus": 1.5}))

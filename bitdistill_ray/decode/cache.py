@@ -122,10 +122,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[Tensor, Tensor]:
         """Write k_BJTC and v_BJTC at the positions given to `begin`; returns the layer's live keys and values BJLC."""
         keys, values = self.kv[layer_idx]
-        keys[self._rows_B1, :, self._write_BT] = key_states.transpose(1, 2)
-        values[self._rows_B1, :, self._write_BT] = value_states.transpose(1, 2)
-        first = self._views[self.kinds[layer_idx]].first
-        return keys[self._rows, :, first : self._live], values[self._rows, :, first : self._live]
+        keys[self._rows_B1, :, self._write_BT] = key_states.transpose(1, 2).to(keys.device)
+        values[self._rows_B1, :, self._write_BT] = value_states.transpose(1, 2).to(keys.device)
+        first, here = self._views[self.kinds[layer_idx]].first, key_states.device  # a spread model: layers elsewhere
+        live = slice(first, self._live)
+        return keys[self._rows, :, live].to(here), values[self._rows, :, live].to(here)
 
     def swap(self, row: int, other: int, live: int) -> None:
         """Exchange the first `live` tokens of two rows, in every layer."""

@@ -181,4 +181,4 @@ class TorchDecoder:
     @torch.inference_mode()
     def _logits(self, hidden_BD: Tensor) -> Tensor:
         logits_BV: Tensor = self._head(hidden_BD)
-        return logits_BV.float()
+        return logits_BV.float().to(self._device)

@@ -6,6 +6,7 @@ keep packed documents apart; flash attention's do not).  GGUF weights are dequan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,13 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    spread: str | Mapping[str, Any] | None = None,
     storage: OpenStorage = Storage,
 ) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer) of a source as `model.sources.resolve` understands it.
+
+    `spread` puts layers on several devices, in place of `device`: accelerate's name for a way (`balanced`: as many
+    bytes on each GPU of this process) or a map from modules to devices.  Hooks then bring to a layer what it reads.
 
     Raises:
         ModelError: nothing there, files that cannot be read, a family that is not supported, a tokenizer that makes ids
@@ -41,6 +46,8 @@ def load_model(
     try:
         family_of(AutoConfig.from_pretrained(place, **options))
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        if spread is not None:
+            options["device_map"] = spread
         options |= {"dtype": dtype, "attn_implementation": SDPA, "output_loading_info": True, **_dequantised(options)}
         model, found = AutoModelForCausalLM.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -53,7 +60,7 @@ def load_model(
     if "gguf_file" in options:
         _forget_gguf(model)
     check_tokenizer(source, model, tokenizer)
-    return (model if device is None else model.to(device)).eval(), tokenizer
+    return (model if device is None or spread is not None else model.to(device)).eval(), tokenizer
 
 
 def _dequantised(options: dict[str, Any]) -> dict[str, Any]:

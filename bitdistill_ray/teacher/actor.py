@@ -1,5 +1,8 @@
 """One frozen teacher, alone in its process: it answers a batch of tokens with TeacherSignals.
 
+A teacher that is given several GPUs spreads its layers over them, as many bytes on each: one question at a time passes
+through all of them, so more actors of one GPU answer more wherever the model fits.
+
 Every call is a pure function of its arguments and the weights, so that a request may be repeated, on this teacher or on
 another, whenever a process or a node is lost.  The answer carries a digest of its question; the tensor it sends for
 `hidden` is the one that its own LM head consumes (after the final norm).
@@ -26,7 +29,7 @@ from bitdistill_ray.decode.loading import stop_ids
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import BitdistillError
-from bitdistill_ray.hardware import compute_dtype, local_device
+from bitdistill_ray.hardware import compute_dtype, local_devices
 from bitdistill_ray.losses.gamma import GammaEstimate, estimate_gamma
 from bitdistill_ray.losses.objective import GammaMode
 from bitdistill_ray.losses.teacher_view import Head
@@ -64,19 +67,24 @@ class Teacher:
     ) -> None:
         self.began, self.busy_s, self.requests, self.tokens = time.monotonic(), 0.0, 0, 0
         torch.set_num_threads(threads or env.cpu_count())
-        self.device = local_device()
+        self.devices = local_devices()
+        self.device = self.devices[0]
         self.dtype, self.why = compute_dtype(dtype, self.device)
         self.source = source
         self.refusal: BitdistillError | None = None
         try:
             self.model, self.tokenizer = load_model(
-                source, dtype=self.dtype, device=self.device, storage=storage_opener(storage or StorageConfig())
+                source,
+                dtype=self.dtype,
+                device=self.device,
+                spread="balanced" if len(self.devices) > 1 else None,
+                storage=storage_opener(storage or StorageConfig()),
             )
         except BitdistillError as refusal:
             self.refusal = refusal  # an actor whose constructor raises loses its message; the handshake carries it
             return
         self.model.eval().requires_grad_(requires_grad=False)
-        self.head = LMHead(self.model)
+        self._lm_head = LMHead(self.model)
 
     def handshake(self) -> ModelIdentity:
         """Who this is: hashes of weights, configuration and vocabulary.  Students compare before they train.
@@ -89,7 +97,8 @@ class Teacher:
 
     def describe(self) -> str:
         """One line for the log."""
-        return f"{self.source} on {self.device} in {str(self.dtype).removeprefix('torch.')} ({self.why})"
+        places = ", ".join(map(str, self.devices))
+        return f"{self.source} on {places} in {str(self.dtype).removeprefix('torch.')} ({self.why})"
 
     def load(self) -> Load:
         """What this teacher did so far, answered after the questions that came before.
@@ -103,7 +112,7 @@ class Teacher:
     def frozen_head(self) -> wire.Message:
         """The LM head's tensors, for the frozen copy on the student's side."""
         message: wire.Message = {}
-        for name, tensor in self.head.frozen_copy().state_dict().items():
+        for name, tensor in self._lm_head.frozen_copy().state_dict().items():
             wire.put(message, name, tensor)
         return message
 
@@ -127,7 +136,7 @@ class Teacher:
         """The same on tensors, without the wire."""
         layers = () if request.attention_layer is None else (request.attention_layer % self.layers(),)
         with attention_taps(self.model, layers) as taps:
-            hidden_BTD = hidden_states(self.model, batch)
+            hidden_BTD = hidden_states(self.model, batch).to(self.device)
         signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=taps[layers[0]] if layers else None)
         match request.payload:
             case Payload.HIDDEN:
@@ -156,6 +165,11 @@ class Teacher:
             Written(prompt, response, tuple(text.ids), str(text.finish_reason))
             for prompt, response, text in zip(rendered, responses, texts, strict=True)
         ]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states, where these are: the layers of a large teacher lie on several devices."""
+        logits: Tensor = self._lm_head(hidden)
+        return logits.to(hidden.device)
 
     def layers(self) -> int:
         """How many decoder layers there are."""
