@@ -107,6 +107,8 @@ class DataConfig(Strict):
     seed: int = 0
     max_document_characters: int = Field(10_000_000, ge=1000)
     """A longer document is cut, and counted."""
+    timeout_s: float = Field(1800, gt=0)
+    """How long students wait for a batch, nodes that the cluster has yet to add included, before the run gives up."""
 
 
 class CacheConfig(Strict):

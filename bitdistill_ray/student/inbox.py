@@ -7,11 +7,12 @@ for a teacher until it needs their answer.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import ray
 import torch
@@ -20,9 +21,11 @@ from ray.exceptions import RayError
 from bitdistill_ray.cache.client import CachedTeacher
 from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
+from bitdistill_ray.errors import DataError
 from bitdistill_ray.ray_errors import user_error
 
 STEPS_AHEAD = 2
+SAY_EVERY_S = 30.0
 
 
 class Answers(Protocol):
@@ -70,13 +73,15 @@ class Inbox:
         first: int,
         steps: int,
         in_flight: int,
+        timeout_s: float = math.inf,
+        say: Callable[[str], object] = print,
     ) -> None:
         self.feeder, self.client, self.share, self.in_flight = feeder, client, share, in_flight
         self.unasked: deque[Any] = deque()
         self.tickets: deque[Any] = deque()
         self.ahead: deque[list[Any]] = deque()
         self.next, self.steps = first, steps
-        self.data_wait_s = 0.0
+        self.data_wait_s, self.timeout_s, self.say = 0.0, timeout_s, say
         self.identities: deque[Any] = deque()
         self.sequences: dict[str, Any] = {}
 
@@ -90,13 +95,27 @@ class Inbox:
                 return
             began = time.perf_counter()
             try:
-                arrays: list[BatchArrays] = ray.get(self.ahead.popleft())
+                arrays: list[BatchArrays] = self._wait(self.ahead.popleft())
                 if self.identities:
                     self.sequences = ray.get(self.identities.popleft())
             except RayError as error:
                 raise user_error(error) or error from None
             self.data_wait_s += time.perf_counter() - began
             yield arrays
+
+    def _wait(self, refs: list[Any]) -> list[BatchArrays]:
+        """The batches, waited for aloud."""
+        began = time.monotonic()
+        while len(ray.wait(refs, num_returns=len(refs), timeout=min(SAY_EVERY_S, self.timeout_s))[0]) < len(refs):
+            waited = time.monotonic() - began
+            free, all_there = (found().get("CPU", 0) for found in (ray.available_resources, ray.cluster_resources))
+            state = f"no batch for {waited:.0f} s, {free:g} of the cluster's {all_there:g} CPUs are free"
+            if waited >= self.timeout_s:
+                raise DataError("data", state, "Give the cluster a CPU more than teachers and students take (readers "
+                                "need one), or raise data.timeout_s")  # fmt: skip
+            if self.share.rank == 0:
+                self.say(f"waiting for data: {state}; readers need one")
+        return cast(list[BatchArrays], ray.get(refs))
 
     def signals(self, arrays: BatchArrays, device: torch.device) -> TeacherSignals | None:
         """What the teacher says about the next micro-batch, `arrays`; None where no teacher is asked."""

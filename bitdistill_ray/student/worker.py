@@ -105,6 +105,8 @@ class Worker:
             first=position.step,
             steps=self.job.steps,
             in_flight=self.job.config.teacher.in_flight,
+            timeout_s=self.job.config.data.timeout_s,
+            say=self._say,
         )
         for step, micros in enumerate(inbox, start=position.step):
             began = time.perf_counter()
