@@ -160,6 +160,18 @@ def test_configuration_needs_neither_torch_nor_ray(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("module", ["teacher.registry", "student.entry", "student.monitor", "data.feeder"])
+def test_actors_that_hold_no_model_start_without_its_libraries(module: str) -> None:
+    """They come before the model's own processes in every start of a run, which would wait for them."""
+    program = (
+        f"import sys, bitdistill_ray.{module}\n"
+        "heavy = {'torch', 'deepspeed', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_requirement_is_bounded_below_and_pinned_in_the_constraints() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     requirements = project["dependencies"] + project["optional-dependencies"]["dev"]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bitdistill_ray.errors import TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Config fields that say how a model was stored, not what it computes.
 INCIDENTAL = ("_name_or_path", "_model_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
@@ -63,6 +63,8 @@ def _fingerprint(parameter: Tensor) -> str:
 
     Changing one weight changes the first; exchanging weights, mostly, the second.
     """
+    import torch  # here: a registry compares identities, and loads no model
+
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[parameter.element_size()]
     bits = parameter.detach().flatten().view(integer)
     whole = len(bits) // 256 * 256

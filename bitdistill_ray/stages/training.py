@@ -30,11 +30,11 @@ from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
+from bitdistill_ray.student.entry import train_worker
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.preemption import preempted
-from bitdistill_ray.student.worker import train_worker
 from bitdistill_ray.teacher.pool import TeacherPool
 
 TRACKERS_START_S = 300.0

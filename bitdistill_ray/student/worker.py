@@ -1,4 +1,4 @@
-"""The function that Ray Train runs in every student worker: read, ask, learn, save.
+"""What every student worker does (`entry.py`): read, ask, learn, save.
 
 Each optimiser step averages over the valid tokens of its whole batch: the ranks add up their counts before the first
 backward pass, so that neither padding nor the number of workers or micro-batches changes the gradient.
@@ -23,7 +23,7 @@ from bitdistill_ray import env
 from bitdistill_ray.cache.client import open_cache
 from bitdistill_ray.core import Payload, TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays, token_batch
-from bitdistill_ray.errors import BitdistillError, ModelError
+from bitdistill_ray.errors import ModelError
 from bitdistill_ray.hardware import compute_dtype
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.acceleration import accelerate
@@ -48,19 +48,6 @@ from bitdistill_ray.teacher.roster import Roster
 
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
-
-
-def train_worker(settings: dict[str, TrainJob]) -> None:
-    """Ray Train's entry: `settings["job"]` is a TrainJob."""
-    job = settings["job"]
-    refusal: BitdistillError | None = ray.get(job.monitor.refusal.remote())
-    if refusal is not None:
-        raise refusal
-    try:
-        Worker(job).run()
-    except BitdistillError as error:
-        ray.get(job.monitor.refuse.remote(error))
-        raise
 
 
 class Worker:

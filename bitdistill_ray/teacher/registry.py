@@ -25,12 +25,12 @@ from bitdistill_ray.config import StorageConfig, TeacherConfig
 from bitdistill_ray.errors import BitdistillError, TeacherError
 from bitdistill_ray.model.identity import ModelIdentity, refuse_change
 from bitdistill_ray.ray_errors import user_error
-from bitdistill_ray.teacher.actor import Teacher
 from bitdistill_ray.teacher.handshake import Offer
 from bitdistill_ray.teacher.member import Member, MemberStatus, State
 from bitdistill_ray.teacher.recovery import PAUSE_S
 from bitdistill_ray.teacher.roster import Membership, Report
 from bitdistill_ray.teacher.scaling import Bounds, Observation, decide
+from bitdistill_ray.teacher.service import TeacherActor
 
 TICK_S = 0.5
 PROBE_S = 1.0
@@ -203,7 +203,7 @@ class Registry:
 
     def _start(self) -> None:
         config = self.config
-        remote = ray.remote(Teacher).options(
+        remote = ray.remote(TeacherActor).options(
             num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=0
         )
         handle = remote.remote(self.source, dtype=config.dtype, threads=config.threads, storage=self.storage)

@@ -38,6 +38,7 @@ def test_teacher(tmp_path: Path) -> None:
     costs = ("bytes per token", "error of the forward KL", "encode", "decode")
     assert list(rows) == [
         *((f"teacher, {payload}", metric) for payload in payloads for metric in metrics),
+        ("teacher, hidden + Q, K, V of 2 x 2048 tokens, replayed", "wire"),
         *((case, metric) for case in codings for metric in costs),
     ]
     assert rows["cache, topk 128 compact", "bytes per token"]["value"] <= 300
@@ -48,7 +49,7 @@ def test_teacher(tmp_path: Path) -> None:
 
 def test_train(tmp_path: Path) -> None:
     rows = measured("train", tmp_path, "--formats", "ternary")
-    relation, live, memory, arithmetic, peak, _ = rows
+    relation, live, memory, arithmetic, peak, _, scale = rows
     assert relation["case"] == "training step, live teacher, hidden + Q, K, V"
     assert live["format"] == memory["format"] == "ternary"
     assert arithmetic["unit"] == "TFLOP/s"
@@ -56,4 +57,6 @@ def test_train(tmp_path: Path) -> None:
     assert live["limit"] == memory["value"]
     assert memory["baseline"] > 0
     assert peak["metric"] == "peak memory"
+    assert scale["case"] == "training step of 2 workers, answers in memory"
+    assert scale["limit"] > 0
     assert peak["ratio"] > 2  # an eighth of the tokens at a time: exact figures, not times
