@@ -57,6 +57,10 @@ def train_worker(settings: dict[str, TrainJob]) -> None:
         raise refusal
     try:
         Worker(job).run()
+    except PreemptedError:
+        if not ray.get(job.monitor.is_stopping.remote()):
+            raise
+        # else the driver goes too, and no attempt is to follow
     except BitdistillError as error:
         ray.get(job.monitor.refuse.remote(error))
         raise
@@ -120,7 +124,7 @@ class Worker:
         totals = Totals(torch.zeros(3, dtype=torch.float64))
         for batch in batches:
             totals = totals + Totals.count(batch.labels_BT, batch.segment_BT)
-        told = torch.tensor([float(self.notice.told.is_set())], dtype=torch.float64)
+        told = torch.tensor([float(self.notice.is_told())], dtype=torch.float64)
         counts = torch.cat([totals.counts, told]).to(self.device)
         dist.all_reduce(counts)
         counts, self.stop = counts[:3], counts[3]
@@ -163,7 +167,7 @@ class Worker:
         if not torch.isfinite(losses["loss"]):
             raise ModelError(f"stages.{self.job.stage_name}", f"the loss of step {step} is {values[0]}",
                              "Lower the learning rate, or look at the data of that step")  # fmt: skip
-        self.job.monitor.step.remote(row)
+        self.notice.hear(self.job.monitor.step.remote(row))
 
     def _resume(self) -> Position:
         context, zero = ray.train.get_context(), self.job.config.student.zero
