@@ -24,12 +24,15 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
+from bitdistill_ray.ray_errors import MORE_STORE, STORE_FULL
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.recovery import PAUSE_S, is_ready
 from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Membership, Report, Roster
 
 REPORT_S = 2.0
+FULL_PAUSE_S = 1.0
+FULL = "its node's object store is full, and so is the disk that it spills to"
 SEE_LOGS = "See the teachers' logs, or raise teacher.timeout_s"
 
 
@@ -128,12 +131,15 @@ class TeacherClient:
 
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:
-            lost = False
+            lost, remedy = False, SEE_LOGS
             try:
                 message = self._get(ticket.answer)
             except (RayActorError, ObjectLostError) as error:
                 lost = True
                 reason = f"teacher {ticket.teacher} was lost ({type(error).__name__})"
+            except STORE_FULL:
+                reason, remedy = f"teacher {ticket.teacher} had no room for its answer: {FULL}", MORE_STORE
+                time.sleep(FULL_PAUSE_S)  # answers that were read meanwhile make room
             except GetTimeoutError:
                 reason = f"teacher {ticket.teacher} gave no answer in {self.timeout_s:.0f} s"
             else:
@@ -141,7 +147,7 @@ class TeacherClient:
                 return message
             self.outstanding[ticket.teacher] -= 1
             if ticket.attempt >= self.attempts:
-                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed", SEE_LOGS)
+                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed", remedy)
             self.retries += 1
             ticket.attempt += 1
             self.say(f"{reason}: asking another (attempt {ticket.attempt} of {self.attempts})")
