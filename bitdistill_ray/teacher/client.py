@@ -36,13 +36,16 @@ FULL = "its node's object store is full, and so is the disk that it spills to"
 SEE_LOGS = "See the teachers' logs, or raise teacher.timeout_s"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Ticket:
-    """One question: its batch, the number of the teacher that has it, how often it was asked."""
+    """One question: its batch, the number of the teacher that has it, how often it was asked.
+
+    `answer` is a reference; None: let go of, to be asked for again in its turn.
+    """
 
     batch: Any
-    teacher: int
-    answer: Any
+    teacher: int = -1
+    answer: Any = None
     attempt: int = 1
 
 
@@ -65,6 +68,7 @@ class TeacherClient:
         self.say = say
         self.roster, self.request, self.timeout_s, self.attempts = Roster.of(teachers), request, timeout_s, attempts
         self.membership = self.roster.first
+        self.open: list[Ticket] = []
         self.outstanding: dict[int, int] = dict.fromkeys(self.membership.teachers, 0)
         self.next = first  # students start on different teachers
         self.waited_s, self.received_bytes, self.retries = 0.0, 0, 0
@@ -80,10 +84,10 @@ class TeacherClient:
             TeacherError: the pool had no teacher for `timeout_s`.
         """
         self.follow()
-        if not self.membership.teachers:
-            self._take_up(self.roster.await_teachers(self.timeout_s))
-        teacher = self._least_busy()
-        return Ticket(batch, teacher, self._send(batch, teacher))
+        ticket = Ticket(batch)
+        self._ask(ticket)
+        self.open.append(ticket)
+        return ticket
 
     def answer(self, ticket: Ticket, arrays: BatchArrays, device: torch.device | str = "cpu") -> TeacherSignals:
         """Wait for the answer to `ticket` and check that it is about the batch `arrays`.
@@ -91,7 +95,10 @@ class TeacherClient:
         Raises:
             TeacherError: no teacher answered in `attempts` x `timeout_s`, or the answer is about something else.
         """
+        if ticket.answer is None:
+            self._ask(ticket)
         message = self._wait(ticket)
+        self.open.remove(ticket)
         self.follow()
         self.received_bytes += wire.payload_bytes(message)
         wire.check_answer(message, arrays)
@@ -129,6 +136,12 @@ class TeacherClient:
         numbers = {n for n, count in self.outstanding.items() if count} | set(membership.teachers)
         self.outstanding = {n: self.outstanding.get(n, 0) for n in sorted(numbers)}
 
+    def _ask(self, ticket: Ticket) -> None:
+        if not self.membership.teachers:
+            self._take_up(self.roster.await_teachers(self.timeout_s))
+        ticket.teacher = self._least_busy()
+        ticket.answer = self._send(ticket.batch, ticket.teacher)
+
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:
             lost, remedy = False, SEE_LOGS
@@ -139,7 +152,7 @@ class TeacherClient:
                 reason = f"teacher {ticket.teacher} was lost ({type(error).__name__})"
             except STORE_FULL:
                 reason, remedy = f"teacher {ticket.teacher} had no room for its answer: {FULL}", MORE_STORE
-                time.sleep(FULL_PAUSE_S)  # answers that were read meanwhile make room
+                self._make_room(ticket)
             except GetTimeoutError:
                 reason = f"teacher {ticket.teacher} gave no answer in {self.timeout_s:.0f} s"
             else:
@@ -155,6 +168,14 @@ class TeacherClient:
             ticket.teacher = self._another(ticket.teacher, reason, lost=lost)
             self._waited(time.monotonic() - began)
             ticket.answer = self._send(ticket.batch, ticket.teacher)
+
+    def _make_room(self, ticket: Ticket) -> None:
+        """Let go of all other answers under way, which might fill the store for ever while this one is waited for."""
+        for other in self.open:
+            if other is not ticket and other.answer is not None:
+                self.outstanding[other.teacher] -= 1
+                other.answer = None
+        time.sleep(FULL_PAUSE_S)  # Ray frees them
 
     def _get(self, answer: Any) -> wire.Message:
         """`ray.get` within `timeout_s`, reporting meanwhile, so that a pool too small hears of it."""
