@@ -209,8 +209,7 @@ class Storage:
 
     def stamp(self) -> str:
         """The stamp of the one file that this is, without listing anything."""
-        with storage_errors(self.url):
-            return _stamp(self._fs().info(self._key("")))
+        return self._patiently(lambda: _stamp(self._fs().info(self._key(""))), "")
 
     def read_bytes(self, path: str) -> bytes:
         """The content of a file."""

@@ -22,6 +22,8 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     ResponseStreamingError,
 )
 
+from bitdistill_ray.errors import StorageError
+
 Result = TypeVar("Result")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 10.0
@@ -32,7 +34,8 @@ TRANSIENT_CODES = frozenset(
 )  # fmt: skip
 TRANSIENT_WORDS = ("slow_down", "slow down", "reduce your request rate", "service unavailable", "internal error",
                    "gateway timeout", "bad gateway", "connection reset", "server disconnected", "read timeout",
-                   "connect timeout", "network_connection", "request_timeout")  # fmt: skip
+                   "connect timeout", "network_connection", "request_timeout",
+                   *(f"http status {code}" for code in (500, 502, 503, 504)))  # fmt: skip
 
 
 def is_transient(error: BaseException) -> bool:
@@ -49,6 +52,31 @@ def is_transient(error: BaseException) -> bool:
     return any(word in str(error).lower() for word in TRANSIENT_WORDS)
 
 
+class Patience:
+    """What is left of `patience_s` for one operation; `pause` waits the given seconds."""
+
+    def __init__(
+        self,
+        patience_s: float,
+        *,
+        say: Callable[[str], None] | None = None,
+        pause: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.deadline, self.wait = time.monotonic() + patience_s, FIRST_PAUSE_S
+        self.say, self.pause = say or _to_stderr, pause
+
+    def bears(self, error: BaseException, where: str) -> bool:
+        """True after a pause, which is told; False where waiting cannot mend it, or no pause fits in any more."""
+        left = self.deadline - time.monotonic()
+        if not is_transient(error) or left < self.wait:
+            return False
+        words = error.what if isinstance(error, StorageError) else error  # its remedy is being tried
+        self.say(f"{where}: {words}; again in {self.wait:.1f} s, for at most {left:.0f} s")
+        self.pause(self.wait)
+        self.wait = min(2 * self.wait, LONGEST_PAUSE_S)
+        return True
+
+
 def patiently(
     action: Callable[[], Result],
     where: str,
@@ -59,21 +87,15 @@ def patiently(
 ) -> Result:
     """`action()`, again after a transient failure, until it succeeds or no pause fits into `patience_s` any more.
 
-    Raises what the last attempt raised.  `pause` waits the given seconds.
+    Raises what the last attempt raised.
     """
-    deadline = time.monotonic() + patience_s
-    wait = FIRST_PAUSE_S
+    patience = Patience(patience_s, say=say, pause=pause)
     while True:
         try:
             return action()
-        except (OSError, BotoCoreError, ClientError) as error:
-            left = deadline - time.monotonic()
-            if not is_transient(error) or left < wait:
+        except (OSError, BotoCoreError, ClientError, StorageError) as error:
+            if not patience.bears(error, where):
                 raise
-            line = f"{where}: {error}; again in {wait:.1f} s, for at most {left:.0f} s"
-            (say or _to_stderr)(line)
-        pause(wait)
-        wait = min(2 * wait, LONGEST_PAUSE_S)
 
 
 def _to_stderr(line: str) -> None:

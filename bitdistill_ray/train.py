@@ -21,6 +21,7 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import describe, preflight
 from bitdistill_ray.runs import RunFolder
+from bitdistill_ray.sigterm import Terminated, terminable
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def run(config: Config) -> dict[str, Any]:
     preflight(config)
     folder = RunFolder(config)
     folder.begin()
-    with cluster(config):
+    with cluster(config), terminable():  # within: `ray.init` sets a handler of its own
         from bitdistill_ray.report.page import record_machine, write_report
         from bitdistill_ray.stages import STAGES, StageContext
 
@@ -108,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BitdistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues the run", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"{str(interrupt) or 'interrupted'}; the same command continues the run", file=sys.stderr)
+        return 143 if isinstance(interrupt, Terminated) else 130
     return 0
 
 

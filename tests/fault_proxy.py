@@ -18,26 +18,43 @@ SLOW_DOWN = (
 
 
 class FaultProxy:
-    """Passes requests on to `target`, or answers with a fault while `fault` says one of a request's method and path."""
+    """Passes requests on to `target`, or answers with a fault while `fault` says one of a request's method and path.
+
+    `failed` has the paths of the requests that met a fault.
+    """
 
     def __init__(self, target: str) -> None:
         self.target = urlsplit(target)
         self.fault: Callable[[str, str], Fault | None] = lambda method, path: None
-        self.faults = 0
+        self.failed: list[str] = []
         self.url = ""
 
-    def fail_for(self, seconds: float, *kinds: Fault) -> None:
-        """From now on for so long, answer with the faults in turn."""
-        until = time.monotonic() + seconds
+    @property
+    def faults(self) -> int:
+        """How many requests met a fault."""
+        return len(self.failed)
+
+    def fail_for(self, seconds: float, *kinds: Fault, since: str = "", until: tuple[str, ...] = ()) -> None:
+        """Answer with the faults in turn from now on, or from the first path that has `since` in it.
+
+        It ends after so long, and not before paths with each of `until` have failed.
+        """
+        ends: list[float] = [] if since else [time.monotonic() + seconds]
         turn = [0]
 
         def fault(method: str, path: str) -> Fault | None:
-            if time.monotonic() > until:
+            if not ends and since in path:
+                ends.append(time.monotonic() + seconds)
+            if not ends or (time.monotonic() > ends[0] and self.has_failed(*until)):
                 return None
             turn[0] += 1
             return kinds[turn[0] % len(kinds)]
 
         self.fault = fault
+
+    def has_failed(self, *paths: str) -> bool:
+        """Whether a request met a fault for each of these parts of paths."""
+        return all(any(part in path for path in self.failed) for part in paths)
 
 
 @contextmanager
@@ -52,7 +69,7 @@ def fault_proxy(target: str) -> Iterator[FaultProxy]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = proxy.fault(self.command, self.path)
             if fault is not None:
-                proxy.faults += 1
+                proxy.failed.append(self.path)
                 self.close_connection = True
                 if fault == "503":
                     self.reply(503, {"Content-Type": "application/xml"}, SLOW_DOWN)

@@ -29,7 +29,7 @@ LONGEST_DRIVER = 120
 
 # A part may import its own layer and those before it.  A module that is not named is an entry module, after all others.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "env"}),
+    frozenset({"errors", "env", "sigterm"}),
     frozenset({"core"}),
     frozenset({"config", "stage_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "storage_retry", "hardware", "machine", "ray_errors", "recipe"}),

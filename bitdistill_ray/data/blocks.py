@@ -12,7 +12,7 @@ finished, and what was counted in it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from bitdistill_ray.data.packing import PADDING, PackedSequence, pack
 from bitdistill_ray.data.runs import encode_documents
 from bitdistill_ray.data.sources import CorpusSpec
 from bitdistill_ray.data.units import Unit
+from bitdistill_ray.errors import StorageError
+from bitdistill_ray.storage_retry import Patience
 
 Block = dict[str, np.ndarray]
 
@@ -63,6 +65,22 @@ def read_unit(task: UnitTask, corpus: CorpusSpec, encoder: Encoder) -> Iterator[
     block["index"][-1] = UNIT_END
     block["counts"][-1] = counts.to_array()
     yield block
+
+
+def read_unit_patiently(task: UnitTask, corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
+    """`read_unit`; where the store fails for a while, the unit is read again and goes on after the last block."""
+    patience_s = corpus.sources[task.unit.source].patience_s
+    patience = Patience(patience_s)
+    while True:
+        try:
+            for block in read_unit(task, corpus, encoder):
+                yield block
+                task, patience = replace(task, skip=int(block["index"][-1]) + 1), Patience(patience_s)
+        except StorageError as error:
+            if not patience.bears(error, task.unit.url):
+                raise
+        else:
+            return
 
 
 def _no_sequence(length: int) -> PackedSequence:

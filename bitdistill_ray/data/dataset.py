@@ -23,7 +23,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from bitdistill_ray.data.blocks import Block, UnitTask, read_unit
+from bitdistill_ray.data.blocks import Block, UnitTask, read_unit_patiently
 from bitdistill_ray.data.encoder import Encoder
 from bitdistill_ray.data.sources import CorpusSpec
 from bitdistill_ray.data.units import Unit
@@ -69,7 +69,7 @@ def divide(reading: RayReading, shares: Sequence[Fraction], *, free: float) -> l
 def read_here(tasks: Iterator[UnitTask], corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
     """Read tasks one after the other in this process."""
     for task in tasks:
-        yield from read_unit(task, corpus, encoder)
+        yield from read_unit_patiently(task, corpus, encoder)
 
 
 def read_on_ray(
@@ -112,7 +112,7 @@ def _dataset(tasks: list[UnitTask], corpus: CorpusSpec, encoder: Encoder, readin
 
 def _read_row(row: dict[str, np.ndarray], corpus: CorpusSpec, encoder: Encoder) -> Iterator[Block]:
     values = {name: array[0].item() if isinstance(array[0], np.generic) else array[0] for name, array in row.items()}
-    yield from read_unit(_from_row(values), corpus, encoder)
+    yield from read_unit_patiently(_from_row(values), corpus, encoder)
 
 
 def _to_row(task: UnitTask) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from bitdistill_ray.data.hub_id import HubId
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.storage import Storage
+from bitdistill_ray.storage import PATIENCE_S, TIMEOUT_S, Storage
 
 GLOB_CHARACTERS = "*?["
 
@@ -36,7 +36,7 @@ class Source:
     text_column      the column, or JSON key, of plain documents
     prompt_column    with response_column: supervised pairs instead of plain documents
     weight           its share of the sequences, against the other sources' weights; None: all sources are one stream
-    endpoint_url, region, anonymous    as in `Storage`
+    endpoint_url, region, anonymous, timeout_s, patience_s    as in `Storage`
     """
 
     path: str
@@ -49,6 +49,8 @@ class Source:
     endpoint_url: str | None = None
     region: str | None = None
     anonymous: bool = False
+    timeout_s: float = TIMEOUT_S
+    patience_s: float = PATIENCE_S
 
     def __post_init__(self) -> None:
         if (self.prompt_column is None) != (self.response_column is None):
@@ -89,7 +91,8 @@ class Source:
 
     def storage(self, url: str) -> Storage:
         """The store at `url`, with this source's options."""
-        return Storage(url, endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
+        return Storage(url, endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous,
+                       timeout_s=self.timeout_s, patience_s=self.patience_s)  # fmt: skip
 
     @staticmethod
     def _is_glob(text: str) -> bool:

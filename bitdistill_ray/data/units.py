@@ -23,6 +23,7 @@ from bitdistill_ray.data.readers import reading_errors
 from bitdistill_ray.data.sources import GLOB_CHARACTERS, CorpusSpec, FileFormat, Source, escape_id
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.storage import storage_errors
+from bitdistill_ray.storage_retry import patiently
 
 WHOLE_FILE = -1
 FOOTER_READERS = 16
@@ -117,7 +118,7 @@ def _single_file(source: Source) -> FoundFile:
     storage = source.storage(source.path)
     with storage_errors(source.path):
         filesystem, path = storage.arrow_filesystem()
-        info = filesystem.get_file_info(path)
+        info = patiently(lambda: filesystem.get_file_info(path), source.path, patience_s=source.patience_s)
         if info.type is fs.FileType.NotFound:
             raise FileNotFoundError(source.path)
     if info.type is not fs.FileType.File:
@@ -154,5 +155,9 @@ def _row_groups(source: Source, file: FoundFile) -> range | tuple[int]:
     if kind is not FileFormat.PARQUET:
         return (WHOLE_FILE,)
     filesystem, path = source.storage(file.url).arrow_filesystem()
-    with reading_errors(file.url), filesystem.open_input_file(path) as handle:
-        return range(pq.ParquetFile(handle).num_row_groups)
+
+    def footer() -> int:
+        with reading_errors(file.url), filesystem.open_input_file(path) as handle:
+            return int(pq.ParquetFile(handle).num_row_groups)
+
+    return range(patiently(footer, file.url, patience_s=source.patience_s))

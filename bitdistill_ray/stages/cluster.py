@@ -12,6 +12,7 @@ from ray.exceptions import RayError
 
 from bitdistill_ray import env
 from bitdistill_ray.ray_errors import user_error
+from bitdistill_ray.sigterm import sigterm_calls
 from bitdistill_ray.stages.base import StageContext
 from bitdistill_ray.stages.notes import Notes, shown_notes
 
@@ -38,8 +39,10 @@ def _with_threads(
     return function(context, notes)
 
 
-def interruptible(function: Callable[[], Result]) -> Result:
+def interruptible(function: Callable[[], Result], *, on_sigterm: Callable[[], object]) -> Result:
     """`function()` in a thread of its own, so that Ctrl-C stays a KeyboardInterrupt of this one.
+
+    The first SIGTERM meanwhile calls `on_sigterm()`, which should make `function` return soon.
 
     For `trainer.fit`, which on the main thread replaces the handler of SIGINT by one that ends the process with
     status 1 and no word.  The thread ends with the Ray that it waits for.
@@ -47,4 +50,5 @@ def interruptible(function: Callable[[], Result]) -> Result:
     pool = ThreadPoolExecutor(1, "trainer")
     outcome = pool.submit(function)
     pool.shutdown(wait=False)
-    return outcome.result()
+    with sigterm_calls(on_sigterm):
+        return outcome.result()

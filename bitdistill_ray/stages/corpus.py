@@ -72,4 +72,6 @@ def source_of(context: StageContext, source: SourceConfig) -> Source:
         endpoint_url=storage.endpoint_url,
         region=storage.region,
         anonymous=storage.anonymous,
+        timeout_s=storage.timeout_s,
+        patience_s=storage.patience_s,
     )

@@ -24,6 +24,7 @@ from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.sigterm import Terminated
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
@@ -113,15 +114,22 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
         ray.get(monitor.track.remote(job.config.monitor), timeout=TRACKERS_START_S)
         every_s = job.config.monitor.line_every_s
         with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
-            interruptible(trainer.fit)
+            interruptible(trainer.fit, on_sigterm=lambda: _stop(monitor))
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
         known = user_error(error) or full_disk(error, context.run.storage) or preempted(error, f"stages.{context.name}")
         raise refused or known or error from None
     ray.get(monitor.finish.remote())
+    if ray.get(monitor.is_stopping.remote()):
+        raise Terminated
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
     forget(context.run.storage, context.name, best=options.keep_best)
     return rows
+
+
+def _stop(monitor: Any) -> None:
+    print("SIGTERM: the run saves after the step it is in, and ends; another SIGTERM ends it at once", flush=True)
+    monitor.stop.remote()
 
 
 def _gamma(loss: LossConfig, pool: TeacherPool | None, feeder: Any, options: TrainStage) -> float | None:

@@ -15,6 +15,7 @@ from bitdistill_ray.student.job import TrainJob
 
 def train_worker(settings: dict[str, TrainJob]) -> None:
     """Train as `settings["job"]` says; what the user can mend is told to the monitor."""
+    from bitdistill_ray.student.preemption import PreemptedError
     from bitdistill_ray.student.worker import Worker
 
     job = settings["job"]
@@ -23,6 +24,10 @@ def train_worker(settings: dict[str, TrainJob]) -> None:
         raise refusal
     try:
         Worker(job).run()
+    except PreemptedError:
+        if not ray.get(job.monitor.is_stopping.remote()):
+            raise
+        # else the driver goes too, and no attempt is to follow
     except BitdistillError as error:
         ray.get(job.monitor.refuse.remote(error))
         raise

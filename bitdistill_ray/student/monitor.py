@@ -31,6 +31,7 @@ class Monitor:
         self.rows: list[Row] = [json.loads(line) for line in lines]
         self.flushed_at = 0.0
         self.refused: BitdistillError | None = None
+        self.stopping = False
         self.said: list[str] = []
         self.trackers: list[Tracker] = []
 
@@ -42,12 +43,21 @@ class Monitor:
         """
         self.trackers = start_trackers(config, self.storage, self.stage)
 
-    def step(self, row: Row) -> None:
-        """Add the row of one optimiser step."""
+    def step(self, row: Row) -> bool:
+        """Add the row of one optimiser step; whether the run is to stop."""
         self.rows.append({"stage": self.stage, **row})
         self._tell(lambda tracker: tracker.step(row))
         if time.monotonic() - self.flushed_at > self.flush_every_s:
             self.flush()
+        return self.stopping
+
+    def stop(self) -> None:
+        """The driver was told to go: whoever hands in the next row shall save and end."""
+        self.stopping = True
+
+    def is_stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self.stopping
 
     def say(self, line: str) -> None:
         """Add a line for the driver's terminal."""

@@ -1,8 +1,9 @@
 """SIGTERM, and a node that is about to be taken away: save at the next step boundary, all ranks together.
 
 A worker that is told to go raises a flag; the flag travels with the counts that the ranks add up in every step anyway,
-so that all of them see it in the same step and save together.  Ray learns of draining nodes by itself and tells the
-ranks in a barrier, which is asked every so many steps.
+so that all of them see it in the same step and save together.  A driver that is told to go tells the monitor, and rank
+0 hears of it in the reply to its next row.  Ray learns of draining nodes by itself and tells the ranks in a barrier,
+which is asked every so many steps.
 
 Python runs signal handlers on the main thread only, and Ray Train runs a worker's loop on another one, so the handler
 is set by a pending call, which the interpreter makes on the main thread.
@@ -14,9 +15,13 @@ import ctypes
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
+import ray
 import ray.train
+from ray.exceptions import RayError
 
 from bitdistill_ray.errors import BitdistillError
 
@@ -40,6 +45,7 @@ class Notice:
         self.check_every = check_every
         self.told = threading.Event()
         self.drain_seen = False
+        self._reply: Any = None
         self._keep: Callable[..., int] | None = None  # ctypes does not
 
     def listen(self) -> None:
@@ -54,6 +60,19 @@ class Notice:
 
         self._keep = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(install)
         ctypes.pythonapi.Py_AddPendingCall(self._keep, None)
+
+    def hear(self, reply: Any) -> None:
+        """`reply`, a reference, will say whether the run is to stop; of several on their way the oldest counts."""
+        self._reply = self._reply or reply
+
+    def is_told(self) -> bool:
+        """Whether this rank was told to go, or the driver, as far as a reply has come; waits for nothing."""
+        if self._reply is not None and ray.wait([self._reply], timeout=0)[0]:
+            with suppress(RayError):  # a row that could not be written is the next checkpoint's matter
+                if ray.get(self._reply):
+                    self.told.set()
+            self._reply = None
+        return self.told.is_set()
 
     def draining(self, step: int) -> bool:
         """True once, when Ray says that a node of this attempt is about to go; collective in the steps it asks."""

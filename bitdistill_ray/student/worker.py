@@ -115,7 +115,7 @@ class Worker:
         totals = Totals(torch.zeros(3, dtype=torch.float64))
         for batch in batches:
             totals = totals + Totals.count(batch.labels_BT, batch.segment_BT)
-        told = torch.tensor([float(self.notice.told.is_set())], dtype=torch.float64)
+        told = torch.tensor([float(self.notice.is_told())], dtype=torch.float64)
         counts = torch.cat([totals.counts, told]).to(self.device)
         dist.all_reduce(counts)
         counts, self.stop = counts[:3], counts[3]
@@ -158,7 +158,7 @@ class Worker:
         }
         inbox.data_wait_s = 0.0
         self._refuse_what_is_not_finite(row)
-        self.job.monitor.step.remote(row)
+        self.notice.hear(self.job.monitor.step.remote(row))
 
     def _refuse_what_is_not_finite(self, row: Mapping[str, Any]) -> None:
         """Stop before such weights are saved.  An fp16 overflow is DeepSpeed's to skip, with a smaller loss scale."""

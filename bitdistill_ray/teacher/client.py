@@ -24,6 +24,7 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError
 from bitdistill_ray.core import TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
+from bitdistill_ray.ray_errors import MORE_STORE, STORE_FULL
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.landing import Landing
 from bitdistill_ray.teacher.recovery import PAUSE_S, is_ready
@@ -31,16 +32,21 @@ from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Membership, Report, Roster
 
 REPORT_S = 2.0
+FULL_PAUSE_S = 1.0
+FULL = "its node's object store is full, and so is the disk that it spills to"
 SEE_LOGS = "See the teachers' logs, or raise teacher.timeout_s"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Ticket:
-    """One question: its batch, the number of the teacher that has it, how often it was asked, what it said."""
+    """One question: its batch, the number of the teacher that has it, how often it was asked, what it said.
+
+    `answer` is a reference.  Without one (and without `landing`) it was let go of, to be asked for again in its turn.
+    """
 
     batch: Any
-    teacher: int
-    answer: Any
+    teacher: int = -1
+    answer: Any = None
     attempt: int = 1
     landing: Landing | None = None
 
@@ -64,6 +70,7 @@ class TeacherClient:
         self.say = say
         self.roster, self.request, self.timeout_s, self.attempts = Roster.of(teachers), request, timeout_s, attempts
         self.membership = self.roster.first
+        self.open: list[Ticket] = []
         self.outstanding: dict[int, int] = dict.fromkeys(self.membership.teachers, 0)
         self.next = first  # students start on different teachers
         self.waited_s, self.received_bytes, self.retries = 0.0, 0, 0
@@ -79,10 +86,10 @@ class TeacherClient:
             TeacherError: the pool had no teacher for `timeout_s`.
         """
         self.follow()
-        if not self.membership.teachers:
-            self._take_up(self.roster.await_teachers(self.timeout_s))
-        teacher = self._least_busy()
-        return Ticket(batch, teacher, self._send(batch, teacher))
+        ticket = Ticket(batch)
+        self._ask(ticket)
+        self.open.append(ticket)
+        return ticket
 
     def answer(self, ticket: Ticket, arrays: BatchArrays, device: torch.device | str = "cpu") -> TeacherSignals:
         """Wait for the answer to `ticket` and check that it is about the batch `arrays`.
@@ -96,7 +103,7 @@ class TeacherClient:
 
     def take_up(self, ticket: Ticket, device: torch.device | str = "cpu") -> None:
         """Begin to copy the answer to `device` if it is there; call this while the device computes something else."""
-        if ticket.landing is None and ray.wait([ticket.answer], timeout=0)[0]:
+        if ticket.answer is not None and ray.wait([ticket.answer], timeout=0)[0]:
             arrays = ray.get(ticket.batch) if isinstance(ticket.batch, ray.ObjectRef) else ticket.batch
             ticket.landing = self._land(ticket, arrays, device)
 
@@ -133,19 +140,32 @@ class TeacherClient:
         self.outstanding = {n: self.outstanding.get(n, 0) for n in sorted(numbers)}
 
     def _land(self, ticket: Ticket, arrays: BatchArrays, device: torch.device | str) -> Landing:
+        if ticket.answer is None:
+            self._ask(ticket)
         message = self._wait(ticket)
+        self.open.remove(ticket)
         self.received_bytes += wire.payload_bytes(message)
         wire.check_answer(message, arrays)
-        return Landing(message, torch.device(device))
+        landing, ticket.answer = Landing(message, torch.device(device)), None  # copied: the store may forget it
+        return landing
+
+    def _ask(self, ticket: Ticket) -> None:
+        if not self.membership.teachers:
+            self._take_up(self.roster.await_teachers(self.timeout_s))
+        ticket.teacher = self._least_busy()
+        ticket.answer = self._send(ticket.batch, ticket.teacher)
 
     def _wait(self, ticket: Ticket) -> wire.Message:
         while True:
-            lost = False
+            lost, remedy = False, SEE_LOGS
             try:
                 message = self._get(ticket.answer)
             except (RayActorError, ObjectLostError) as error:
                 lost = True
                 reason = f"teacher {ticket.teacher} was lost ({type(error).__name__})"
+            except STORE_FULL:
+                reason, remedy = f"teacher {ticket.teacher} had no room for its answer: {FULL}", MORE_STORE
+                self._make_room(ticket)
             except GetTimeoutError:
                 reason = f"teacher {ticket.teacher} gave no answer in {self.timeout_s:.0f} s"
             else:
@@ -153,7 +173,7 @@ class TeacherClient:
                 return message
             self.outstanding[ticket.teacher] -= 1
             if ticket.attempt >= self.attempts:
-                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed", SEE_LOGS)
+                raise TeacherError("teacher", f"{reason}; {ticket.attempt} attempts failed", remedy)
             self.retries += 1
             ticket.attempt += 1
             self.say(f"{reason}: asking another (attempt {ticket.attempt} of {self.attempts})")
@@ -161,6 +181,14 @@ class TeacherClient:
             ticket.teacher = self._another(ticket.teacher, reason, lost=lost)
             self._waited(time.monotonic() - began)
             ticket.answer = self._send(ticket.batch, ticket.teacher)
+
+    def _make_room(self, ticket: Ticket) -> None:
+        """Let go of all other answers under way, which might fill the store for ever while this one is waited for."""
+        for other in self.open:
+            if other is not ticket and other.answer is not None:
+                self.outstanding[other.teacher] -= 1
+                other.answer = None
+        time.sleep(FULL_PAUSE_S)  # Ray frees them
 
     def _get(self, answer: Any) -> wire.Message:
         """`ray.get` within `timeout_s`, reporting meanwhile, so that a pool too small hears of it."""

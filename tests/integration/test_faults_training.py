@@ -6,70 +6,27 @@ student and are compared with one uninterrupted run.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.stages import training
-from bitdistill_ray.storage import Storage
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
+from tests.integration.curves import SEQUENCES, STEPS, overrides_of, rows_of, same_rows
 from tests.road import tiny_config, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
-SEQUENCES = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "learning_rate", "tokens")
-SAME = (*SEQUENCES, "loss", "grad_norm")
-STEPS = 8
 RESUMED = rf"resumes at step [24] of {STEPS}"  # the upload of step 4 may still have been under way
-
-
-def overrides_of(root: Path) -> tuple[str, ...]:
-    return (f"data={root}/corpus.jsonl", "stages.write=false", "stages.clip=false", "stages.export=false",
-            "stages.evaluate=false", "stages.distill.tokens=1024", "student.dtype=fp32",
-            "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
-
-
-def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:
-    storage = folder if isinstance(folder, Storage) else Storage(folder)
-    return [json.loads(line) for line in storage.read_bytes("metrics.jsonl").decode().splitlines()]
-
-
-def same_rows(folder: Storage | Path, other: Path) -> None:
-    """Equal in step, sequence ids, loss and its parts, learning rate and gradient norm, all to the last bit."""
-    a, b = rows_of(folder), rows_of(other)
-    parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "forward_kl", "relation")))
-    assert [row["step"] for row in a] == list(range(STEPS))
-    assert [{k: row[k] for k in (*SAME, *parts)} for row in a] == [{k: row[k] for k in (*SAME, *parts)} for row in b]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
-    """The folder of an uninterrupted run; its parent has the corpus and the teacher."""
-    root = tmp_path_factory.mktemp("faults")
-    texts = [f'{{"text": "the cat number {i} sat on the mat"}}' for i in range(100)]
-    (root / "corpus.jsonl").write_text("\n".join(texts))
-    run(tiny_config(root, *overrides_of(root), run=str(root / "alone")))
-    return root / "alone"
-
-
-@pytest.fixture
-def victim(alone: Path, request: pytest.FixtureRequest) -> Path:
-    """A run folder whose `refine` stage is finished."""
-    folder = alone.parent / request.node.name
-    shutil.copytree(alone / "stages/refine", folder / "stages/refine")
-    return folder
 
 
 def finish(folder: Path, *more: str) -> None:

@@ -1,0 +1,34 @@
+"""Whole runs at tiny size whose rows are compared, to the last bit, with those of a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bitdistill_ray.storage import Storage
+
+SEQUENCES = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "learning_rate", "tokens")
+SAME = (*SEQUENCES, "loss", "grad_norm")
+STEPS = 8
+TEXT = "\n".join(f'{{"text": "the cat number {i} sat on the mat"}}' for i in range(100))
+TRAIN_ONLY = ("stages.write=false", "stages.clip=false", "stages.export=false", "stages.evaluate=false")
+
+
+def overrides_of(root: Path) -> tuple[str, ...]:
+    """The runs that are compared: `STEPS` steps on the text in `root`, in fp32."""
+    return (f"data={root}/corpus.jsonl", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32",
+            "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
+
+
+def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:
+    storage = folder if isinstance(folder, Storage) else Storage(folder)
+    return [json.loads(line) for line in storage.read_bytes("metrics.jsonl").decode().splitlines()]
+
+
+def same_rows(folder: Storage | Path, other: Path) -> None:
+    """Equal in step, sequence ids, loss and its parts, learning rate and gradient norm, all to the last bit."""
+    a, b = rows_of(folder), rows_of(other)
+    parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "forward_kl", "relation")))
+    assert [row["step"] for row in a] == list(range(STEPS))
+    assert [{k: row[k] for k in (*SAME, *parts)} for row in a] == [{k: row[k] for k in (*SAME, *parts)} for row in b]

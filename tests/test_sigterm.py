@@ -1,0 +1,42 @@
+"""Real SIGTERMs to this process: the first is a request, the second an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from bitdistill_ray.sigterm import Terminated, sigterm_calls, terminable
+
+
+def test_sigterm_is_an_interrupt_while_the_block_runs() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt, match="told to stop"), terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_first_one_asks_and_the_second_ends() -> None:
+    called = threading.Event()
+    with terminable():
+        for _ in range(2):  # each block listens anew
+            called.clear()
+            with pytest.raises(Terminated), sigterm_calls(called.set):  # noqa: PT012
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert called.wait(60)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_other_threads_leave_the_handler_alone() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def listen() -> None:
+        with terminable(), sigterm_calls(lambda: None):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
