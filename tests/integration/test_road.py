@@ -109,9 +109,16 @@ def test_data_and_run_in_object_storage(tmp_path: Path, s3_bucket: str, s3_endpo
     assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
 
 
-@pytest.mark.parametrize("case", ["qwen3", "gemma3"])
-def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str) -> None:
-    """BitNet Distillation's three stages on other families: SubLN, continued training, LD and AD."""
+LARGER = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(("case", "larger"), [("qwen3", LARGER), ("gemma3", None)], ids=["qwen3-larger", "gemma3"])
+def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger: dict[str, int] | None) -> None:
+    """BitNet Distillation's three stages on other families: SubLN, continued training, LD and AD.
+
+    One student learns from a wider and deeper teacher (layers mapped by depth, heads by `relation.heads`), the other
+    from its own model, whose logits are soft-capped.
+    """
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the cat sat on the mat and looked at the rain\n" * 80)
     train = {"tokens": 256, "batch_sequences": 4}
@@ -120,7 +127,10 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str) -> Non
     config = recipe.check(
         {
             "run": str(tmp_path / "run"),
-            "model": {"teacher": str(save_tiny(tmp_path / "teacher", case))},
+            "model": {
+                "teacher": str(save_tiny(tmp_path / "teacher", case, **(larger or {}))),
+                "student": str(save_tiny(tmp_path / "student", case)) if larger else None,
+            },
             "quant": {"format": "ternary", "granularity": "tensor", "group_size": None, "activation_bits": 8},
             "data": {"sources": str(corpus), "sequence_length": 32},
             "student": {"micro_batch": 2, "threads": 1, "zero": 2},
@@ -139,4 +149,5 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str) -> Non
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["stage"] == "distill"][-1]
     assert {"ce", "forward_kl@5", "relation"} <= set(last)
+    assert last["relation"] > 0
     assert PackedFolder.open(tmp_path / "run/stages/export/packed").manifest.subln
