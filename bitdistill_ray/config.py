@@ -16,7 +16,7 @@ from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec,
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.stage_config import (
-    ClipStage,
+    CalibratedStage,
     DistillStage,
     LossConfig,
     PretrainStage,
@@ -282,7 +282,7 @@ class Config(Strict):
 
     def _check_text(self, name: str, stage: StageConfig, *, written: bool) -> None:
         calibrates = isinstance(stage, RefineStage) and stage.subln != "none" and stage.gain == "calibrated"
-        if not (isinstance(stage, TrainStage | ClipStage) or calibrates):
+        if not (isinstance(stage, TrainStage | CalibratedStage) or calibrates):
             return
         match stage.sources if isinstance(stage, TrainStage) else "auto":
             case "task":

@@ -136,17 +136,37 @@ class RefineStage(Strict):
     calibration_sequences: int = Field(8, ge=1)
 
 
-class ClipStage(Strict):
-    """Asymmetric clipping search (BitDistiller), exact through Gram matrices."""
+class CalibratedStage(Strict):
+    """What the stages share that change weights before training, measured on the first sequences of the corpus."""
+
+    calibration_sequences: int = Field(32, ge=1)
+    quantised_inputs: bool = False
+    """Measure each block on what the blocks before it give once they are quantised, so that it sees their errors."""
+    exclude: tuple[str, ...] = ()
+    """Linears that stay as they are."""
+
+
+class GPTQStage(CalibratedStage):
+    """GPTQ: every column is rounded in turn, and the columns behind it make up for the error."""
+
+    kind: Literal["gptq"] = "gptq"
+    clip: bool = True
+    """Search each group's range first; without it the largest weights set the scales, as in the paper."""
+    damping: float = Field(0.01, gt=0)
+    """Added to the second moments' diagonal, as a share of its mean."""
+    by_activation: bool = True
+    """Columns with the largest inputs first."""
+
+
+class ClipStage(CalibratedStage):
+    """Asymmetric clipping search (BitDistiller), exact through Gram matrices; the paper's code excludes `*q_proj` and
+    `*k_proj`."""
 
     kind: Literal["clip"] = "clip"
     grid: int = Field(20, ge=1)
     """Steps of the shrink factor on each side."""
     shrink: float = Field(0.5, gt=0, lt=1)
     """The largest part of a side that is cut off."""
-    calibration_sequences: int = Field(32, ge=1)
-    exclude: tuple[str, ...] = ()
-    """Linears that are not clipped; the paper's code excludes `*q_proj` and `*k_proj`."""
 
 
 class WriteStage(Strict):
@@ -222,7 +242,7 @@ class ExportStage(Strict):
 
     kind: Literal["export"] = "export"
     baselines: bool = False
-    """Also pack the round-to-nearest and the clipped-only student, for comparison."""
+    """Also pack the student as it was before training (rounded to nearest, clipped, GPTQ's), for comparison."""
 
 
 class TextConfig(Strict):
@@ -267,6 +287,14 @@ class EvaluateStage(Strict):
 
 
 StageConfig = Annotated[
-    RefineStage | ClipStage | WriteStage | FinetuneStage | PretrainStage | DistillStage | ExportStage | EvaluateStage,
+    RefineStage
+    | ClipStage
+    | GPTQStage
+    | WriteStage
+    | FinetuneStage
+    | PretrainStage
+    | DistillStage
+    | ExportStage
+    | EvaluateStage,
     Field(discriminator="kind"),
 ]

@@ -8,12 +8,15 @@ from bitdistill_ray.quant.activation import fake_quantize_activation, quantize_a
 from bitdistill_ray.quant.base import QuantizedTensor, dequantize, fake_quantize, initial_alpha, quantize
 from bitdistill_ray.quant.block import block_as_group
 from bitdistill_ray.quant.clip import ClipGrid, ClipRange, ClipStatistics, apply_clip, search_clip
+from bitdistill_ray.quant.gptq import solve_gptq
+from bitdistill_ray.quant.moments import Moments
 from bitdistill_ray.quant.report import code_histogram, flip_rate, zero_fraction
 
 __all__ = [
     "ClipGrid",
     "ClipRange",
     "ClipStatistics",
+    "Moments",
     "QuantizedTensor",
     "apply_clip",
     "block_as_group",
@@ -26,5 +29,6 @@ __all__ = [
     "quantize",
     "quantize_activation",
     "search_clip",
+    "solve_gptq",
     "zero_fraction",
 ]

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import Format, Rounding, ScaleDtype
-from bitdistill_ray.quant.extremes import extremes, route_
+from bitdistill_ray.core import Format, QuantSpec, Rounding, ScaleDtype
+from bitdistill_ray.quant.extremes import extremes, route_, with_extremes_of
 from bitdistill_ray.quant.quantizer import Quantizer, register
 from bitdistill_ray.quant.rounding import MIN_SCALE, round_, round_scale
 
@@ -62,6 +62,9 @@ class Affine(Quantizer):
         to_RG1 = to_RG1 * (top_RG1 - bottom_RG1 >= MIN_SCALE)
         grad_w_RGS = route_(grad_RGS * inside_RGS, to_RG1, w_RGS, top_RG1)
         return route_(grad_w_RGS, -to_RG1, w_RGS, bottom_RG1), None
+
+    def hold(self, w_RGS: Tensor, like_RGS: Tensor, spec: QuantSpec) -> Tensor:
+        return with_extremes_of(w_RGS, like_RGS)
 
     def _range_scale(self, bottom_RG1: Tensor, top_RG1: Tensor) -> Tensor:
         return (top_RG1 - bottom_RG1).clamp(min=MIN_SCALE) / self.largest

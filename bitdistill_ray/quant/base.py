@@ -111,6 +111,26 @@ def initial_alpha(w_NK: Tensor, spec: QuantSpec) -> Tensor:
     return _stored(grouping.join_groups(scales), spec)
 
 
+@torch.no_grad()
+def scales_of(w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Of every weight, the scales [N, K, C] and, where the format has them, the zero points [N, K, 1] of its group."""
+    grouping, quantizer, alphas = _prepare(w_NK, spec, alpha, "weight")
+    parts = [
+        (part_RGS.shape[-1], *_scale_and_zero(quantizer, part_RGS.to(_compute_dtype(part_RGS)), alpha_RG1, spec))
+        for part_RGS, alpha_RG1 in zip(grouping.split(w_NK), alphas, strict=True)
+    ]
+    shape = (w_NK.shape[0], w_NK.shape[1])
+
+    def spread(per_group: list[tuple[int, Tensor]]) -> Tensor:
+        channels = range(per_group[0][1].shape[-1])
+        maps = [[x_RGC[..., c, None].expand(-1, -1, S) for S, x_RGC in per_group] for c in channels]
+        return torch.stack([grouping.join(parts_RGS, shape) for parts_RGS in maps], dim=-1)
+
+    scale_NKC = spread([(S, scale_RGC) for S, scale_RGC, _ in parts])
+    zeros = [(S, zero_RG1) for S, _, zero_RG1 in parts if zero_RG1 is not None]
+    return scale_NKC, spread(zeros) if zeros else None
+
+
 def check_finite(w: Tensor, name: str) -> None:
     """Raise ModelError, with a count and the first place, where a tensor is not finite; waits for the device."""
     finite = torch.isfinite(w)

@@ -30,6 +30,7 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.quant.base import check_finite, fake_quantize, initial_alpha
 from bitdistill_ray.quant.block import block_segment
 from bitdistill_ray.quant.grouping import Grouping
+from bitdistill_ray.quant.moments import Moments
 
 SEGMENT = 128  # inputs of one Gram matrix for ROW and TENSOR
 
@@ -58,35 +59,18 @@ class ClipRange:
     error_after_RG: Tensor
 
 
-class ClipStatistics:
-    """Gram matrices of a linear layer's inputs, summed over calibration tokens, in float32."""
+class ClipStatistics(Moments):
+    """What the search needs to know of a linear layer's inputs: second moments within each segment."""
 
     def __init__(self, in_features: int, spec: QuantSpec, *, device: torch.device | str = "cpu") -> None:
-        self.in_features, self.size, self.tokens = in_features, _segment(spec, in_features), 0
-        whole, tail = divmod(in_features, self.size)
-        shapes = [(whole, self.size, self.size), (1, tail, tail)]
-        self._sums = tuple(torch.zeros(shape, device=device) for shape in shapes if shape[-1])
+        super().__init__(in_features, _segment(spec, in_features), device=device)
 
-    @torch.no_grad()
-    def add(self, x_TK: Tensor) -> None:
-        """Count these tokens; x is [..., K] of any float dtype, without padding tokens."""
-        if x_TK.shape[-1] != self.in_features:
-            raise ModelError("clip statistics", f"{x_TK.shape[-1]} inputs, not {self.in_features}",
-                             "Give the inputs of the layer itself")  # fmt: skip
-        x_TK = x_TK.reshape(-1, self.in_features).to(self._sums[0])
-        parts = Grouping(x_TK.shape[0], self.in_features, self.size).split(x_TK)
-        for sum_GSS, x_TGS in zip(self._sums, parts, strict=True):
-            sum_GSS.baddbmm_(x_TGS.permute(1, 2, 0), x_TGS.transpose(0, 1))
-        self.tokens += x_TK.shape[0]
-
-    def grams(self, name: str) -> tuple[Tensor, ...]:
-        """H [G, S, S] (and of the shorter last segment), means over the tokens; ModelError if none or not finite."""
-        if not self.tokens:
-            raise ModelError(name, "no calibration activations", "Run calibration batches through the layer first")
-        grams = tuple(sum_GSS / self.tokens for sum_GSS in self._sums)
-        for gram_GSS in grams:
-            check_finite(gram_GSS, f"{name}: squared activations")
-        return grams
+    @classmethod
+    def of(cls, moments: Moments, spec: QuantSpec) -> ClipStatistics:
+        """What whole second moments say about the segments."""
+        statistics = cls(moments.in_features, spec)
+        statistics.take(moments)
+        return statistics
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ formulas divide 0 by 0 or clip the whole group to nearly nothing, and this mends
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -14,6 +15,16 @@ def extremes(w_RGS: Tensor) -> tuple[Tensor, Tensor]:
     """(bottom, top) of each group, [R, G, 1] each: min(w, 0) and max(w, 0)."""
     bottom_RG1, top_RG1 = w_RGS.aminmax(dim=-1, keepdim=True)
     return bottom_RG1.clamp(max=0), top_RG1.clamp(min=0)
+
+
+def with_extremes_of(w_RGS: Tensor, like_RGS: Tensor) -> Tensor:
+    """`w` clamped to the extremes of `like`, its largest and smallest weight moved onto them."""
+    bottom_RG1, top_RG1 = extremes(like_RGS)
+    w_RGS = w_RGS.clamp(bottom_RG1, top_RG1)
+    largest_RG1 = w_RGS.argmax(dim=-1, keepdim=True)
+    w_RGS = w_RGS.scatter(-1, largest_RG1, torch.where(top_RG1 > 0, top_RG1, w_RGS.gather(-1, largest_RG1)))
+    smallest_RG1 = w_RGS.argmin(dim=-1, keepdim=True)
+    return w_RGS.scatter(-1, smallest_RG1, torch.where(bottom_RG1 < 0, bottom_RG1, w_RGS.gather(-1, smallest_RG1)))
 
 
 def route_(grad_RGS: Tensor, to_RG1: Tensor, w_RGS: Tensor, extreme_RG1: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import Format, Rounding
-from bitdistill_ray.quant.extremes import extremes, route_
+from bitdistill_ray.core import Format, QuantSpec, Rounding
+from bitdistill_ray.quant.extremes import extremes, route_, with_extremes_of
 from bitdistill_ray.quant.quantizer import Quantizer, register
 from bitdistill_ray.quant.rounding import MIN_SCALE
 
@@ -52,6 +52,9 @@ class NormalFloat3(Quantizer):
 
     def encode(self, w_RGS: Tensor, scale_RGC: Tensor, zero_RG1: Tensor | None, rounding: Rounding) -> Tensor:
         return self._code(self._relative(w_RGS, scale_RGC))
+
+    def hold(self, w_RGS: Tensor, like_RGS: Tensor, spec: QuantSpec) -> Tensor:
+        return with_extremes_of(w_RGS, like_RGS)
 
     def code_offset(self, zero_RG1: Tensor | None) -> float:
         return 0.0

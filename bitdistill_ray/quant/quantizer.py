@@ -1,4 +1,4 @@
-"""What a format is: the six pure functions that `base` needs, and the registry of the formats.
+"""What a format is: the pure functions that `base` needs, and the registry of the formats.
 
 A quantiser works on regular groups `[R, G, S]` (see `grouping`) in float32 or float64, and knows nothing of shapes,
 dtypes, packing or autograd.  Its integers come in two guises: an *index*, as the method's formula has it (-1, 0, 1 for
@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bitdistill_ray.core import Format, Rounding, ScaleDtype
+from bitdistill_ray.core import Format, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.quant.rounding import round_scale
 
@@ -53,6 +53,10 @@ class Quantizer(ABC):
         self, grad_RGS: Tensor, w_RGS: Tensor, scale_RGC: Tensor, zero_RG1: Tensor | None, rounding: Rounding
     ) -> tuple[Tensor, Tensor | None]:
         """Straight-through gradients of the weights [R, G, S] and, for a learnable format, of alpha [R, G, 1]."""
+
+    def hold(self, w_RGS: Tensor, like_RGS: Tensor, spec: QuantSpec) -> Tensor:
+        """`w` changed as little as makes its scales those of `like`; as it is where the scale is a parameter."""
+        return w_RGS
 
     def alpha_gradient_scale(self, weights: int) -> float:
         """By what the gradient of alpha is multiplied, in a matrix of so many weights."""

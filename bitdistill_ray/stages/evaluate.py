@@ -21,7 +21,8 @@ from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.corpus import source_of
 from bitdistill_ray.stages.notes import Notes
 
-NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed": "trained"}
+NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed-gptq": "GPTQ only",
+         "packed": "trained"}  # fmt: skip
 
 
 @stage("evaluate")
@@ -52,7 +53,7 @@ def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
     )
     reports = [suite.report(TEACHER, teacher, teacher)]
     roles = [role for role in NAMES if role == "packed" or options.baselines]
-    for role in notes.each(roles):
+    for role in notes.each(roles, total=len(roles)):
         path = context.earlier(role)
         if path is not None:
             student = load_candidate(str(context.run.fetch(path)), dtype=dtype, device=device)

@@ -1,7 +1,8 @@
 """`export`: the student is quantised for good and written as a packed folder (`docs/FORMAT.md`).
 
 The codes come from the same quantiser as in training, from the very weights that the forward pass saw.  With
-`baselines`, the round-to-nearest and the clipped-only student are packed too, so that they can be compared as equals.
+`baselines`, the students before training (rounded to nearest, clipped, GPTQ's) are packed too, so that they can be
+compared as equals.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.notes import Notes
 
-BASELINES = ("rtn", "clipped")
+BASELINES = ("rtn", "clipped", "gptq")
 
 
 @stage("export")
 def export(context: StageContext) -> StageRecord:
-    """Publish `packed/`, and `packed-rtn/`, `packed-clipped/` where asked for."""
+    """Publish `packed/`, and `packed-rtn/`, `packed-clipped/`, `packed-gptq/` where asked for."""
     return on_cluster(_export, context)
 
 
@@ -30,7 +31,7 @@ def _export(context: StageContext, notes: Notes) -> StageRecord:
         student = context.earlier("student")
         roles |= {f"packed-{role}": role for role in BASELINES if context.earlier(role) not in (None, student)}
     artefacts, facts = {}, {}
-    for name, role in notes.each(list(roles.items())):
+    for name, role in notes.each(roles.items(), total=len(roles)):
         source = context.fetch(role)
         with context.run.publish(context.path(name)) as folder:
             pack_student(source, folder, {**provenance(context.config, stage=context.name), "student": role})

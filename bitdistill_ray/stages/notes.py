@@ -7,7 +7,7 @@ own log files) and shows instead what a stage says on purpose, through an actor 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,9 +53,9 @@ class Notes:
         """Print a line on the driver's terminal."""
         self.board.say.remote(line)
 
-    def each(self, items: Sequence[Item]) -> Iterator[Item]:
-        """The items, with a progress bar on the driver's terminal."""
-        self.board.expect.remote(len(items))
+    def each(self, items: Iterable[Item], *, total: int) -> Iterator[Item]:
+        """The items, of which there are `total`, with a progress bar on the driver's terminal."""
+        self.board.expect.remote(total)
         for item in items:
             yield item
             self.board.advance.remote()

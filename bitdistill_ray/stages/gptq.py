@@ -1,0 +1,50 @@
+"""`gptq`: weights whose codes make up for each other's rounding errors, before any training (`quant/gptq.py`).
+
+With `clip` the ranges are searched first, as the `clip` stage does, and GPTQ fills them with codes; without it the
+scales follow from the largest weights, as in the paper.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitdistill_ray.model.linear import QuantLinear
+from bitdistill_ray.quant import ClipStatistics, Moments, apply_clip, initial_alpha, search_clip, solve_gptq
+from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.stage_config import GPTQStage
+from bitdistill_ray.stages.base import StageContext, stage
+from bitdistill_ray.stages.calibration import Calibration
+from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
+
+
+@stage("gptq")
+def gptq(context: StageContext) -> StageRecord:
+    """Publish `student/`, whose latent weights have GPTQ's codes."""
+    return on_cluster(_gptq, context)
+
+
+def _gptq(context: StageContext, notes: Notes) -> StageRecord:
+    options = context.stage
+    assert isinstance(options, GPTQStage)
+    student = Calibration.load(context)
+    before, after = 0.0, 0.0
+    for name, linear, moments in student.each(notes, _moments):
+        spec, like_NK = linear.spec, None
+        assert spec is not None
+        if options.clip:
+            ranges = search_clip(linear.weight, ClipStatistics.of(moments, spec), spec, name=name)
+            like_NK = apply_clip(linear.weight, ranges, spec)
+        alpha = None if linear.alpha is None else initial_alpha(linear.weight if like_NK is None else like_NK, spec)
+        solved = solve_gptq(linear.weight, moments.mean(name), spec, alpha=alpha, like_NK=like_NK,
+                            damping=options.damping, by_activation=options.by_activation, name=name)  # fmt: skip
+        with torch.no_grad():
+            linear.weight.copy_(solved.w_NK)
+            if linear.alpha is not None and alpha is not None:
+                linear.alpha.copy_(alpha)
+        before, after = before + solved.error_before, after + solved.error_after
+    return student.publish("gptq", before=before, after=after)
+
+
+def _moments(linear: QuantLinear) -> Moments:
+    return Moments(linear.in_features, linear.in_features, device=linear.weight.device)
