@@ -158,6 +158,14 @@ class GPTQStage(CalibratedStage):
     """Columns with the largest inputs first."""
 
 
+class AWQStage(CalibratedStage):
+    """AWQ: input channels that carry much are made larger before rounding, and divided out of what writes them."""
+
+    kind: Literal["awq"] = "awq"
+    steps: int = Field(20, ge=1)
+    """Exponents that are tried."""
+
+
 class ClipStage(CalibratedStage):
     """Asymmetric clipping search (BitDistiller), exact through Gram matrices; the paper's code excludes `*q_proj` and
     `*k_proj`."""
@@ -290,6 +298,7 @@ StageConfig = Annotated[
     RefineStage
     | ClipStage
     | GPTQStage
+    | AWQStage
     | WriteStage
     | FinetuneStage
     | PretrainStage

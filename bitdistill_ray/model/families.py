@@ -1,6 +1,7 @@
 """What differs between the supported model families, as one table.  A new family is one more row.
 
-The four families of today share the names of their modules; what differs to us is the logit softcap of Gemma.
+The four families of today share the names of their modules; what differs to us are Gemma's norms (where they
+stand, and gains that count from 1) and its logit softcap.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ class Family:
     attention: str = "self_attn"  # in a layer
     linears: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     outputs: tuple[str, ...] = ("o_proj", "down_proj")  # write into the residual stream: SubLN's two places
+    attention_norm: str = "input_layernorm"  # in a layer: what q, k and v read
+    ffn_norm: str = "post_attention_layernorm"  # what gate and up read
+    gain_offset: float = 0.0  # a norm multiplies by its weight plus this
     softcap_key: str | None = None  # config key of c in logits = c tanh(logits / c)
 
 
@@ -33,7 +37,12 @@ FAMILIES = {
         Family(model_type="llama"),
         Family(model_type="qwen2"),
         Family(model_type="qwen3"),
-        Family(model_type="gemma3_text", softcap_key="final_logit_softcapping"),
+        Family(
+            model_type="gemma3_text",
+            ffn_norm="pre_feedforward_layernorm",
+            gain_offset=1.0,
+            softcap_key="final_logit_softcapping",
+        ),
     )
 }
 

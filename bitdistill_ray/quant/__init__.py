@@ -5,6 +5,7 @@
 
 from bitdistill_ray.quant import affine, learnable, nf3, ternary  # noqa: F401  (they register their formats)
 from bitdistill_ray.quant.activation import fake_quantize_activation, quantize_activation
+from bitdistill_ray.quant.awq import search_scales
 from bitdistill_ray.quant.base import QuantizedTensor, dequantize, fake_quantize, initial_alpha, quantize
 from bitdistill_ray.quant.block import block_as_group
 from bitdistill_ray.quant.clip import ClipGrid, ClipRange, ClipStatistics, apply_clip, search_clip
@@ -29,6 +30,7 @@ __all__ = [
     "quantize",
     "quantize_activation",
     "search_clip",
+    "search_scales",
     "solve_gptq",
     "zero_fraction",
 ]

@@ -36,8 +36,8 @@ Kept = TypeVar("Kept", bound=Statistics)
 class Block(Generic[Kept]):
     """One decoder layer: its quantised linears by their names in the model, and the statistics of their inputs."""
 
-    def __init__(self, number: int, linears: dict[str, QuantLinear], statistics: dict[str, Kept]) -> None:
-        self.number, self.linears, self.statistics = number, linears, statistics
+    def __init__(self, layer: nn.Module, linears: dict[str, QuantLinear], statistics: dict[str, Kept]) -> None:
+        self.layer, self.linears, self.statistics = layer, linears, statistics
 
 
 class _Recorded(Exception):  # noqa: N818  (it ends a forward pass; nothing went wrong)
@@ -75,7 +75,7 @@ def blocks(
             with plain_linears(layer), _watched(measured, statistics, batch.segment_BT >= 0):
                 after.append(_run(layer, states, call[number]))
         if measured:
-            yield Block(number, measured, statistics)
+            yield Block(layer, measured, statistics)
         if quantised_inputs:
             after = [_run(layer, states, call[number]) for states, call in zip(hidden, calls, strict=True)]
         hidden = after

@@ -9,12 +9,14 @@ from typing import Any
 
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.hardware import compute_dtype, local_device
+from bitdistill_ray.model.acceleration import decoder_layers
 from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.model.student import load_student, save_student
+from bitdistill_ray.quant import Moments
 from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stage_config import CalibratedStage
 from bitdistill_ray.stages.base import StageContext
-from bitdistill_ray.stages.blocks import Kept, blocks
+from bitdistill_ray.stages.blocks import Block, Kept, blocks
 from bitdistill_ray.stages.corpus import corpus_of, first_batches
 from bitdistill_ray.stages.notes import Notes
 
@@ -49,14 +51,17 @@ class Calibration:
             if isinstance(module, QuantLinear) and module.spec is not None and self._chosen(name)
         ]
 
-    def each(self, notes: Notes, make: Callable[[QuantLinear], Kept]) -> Iterator[tuple[str, QuantLinear, Kept]]:
-        """Name, linear and statistics of each of them, block by block, with progress on the terminal."""
+    def blocks(self, notes: Notes, make: Callable[[QuantLinear], Kept]) -> Iterator[Block[Kept]]:
+        """The model's blocks with statistics of these linears (`blocks.py`), with progress on the terminal."""
         found = blocks(self.model, self.batches, make, quantised_inputs=self.options.quantised_inputs,
                        chosen=self._chosen)  # fmt: skip
-        linears = (
-            (name, linear, block.statistics.pop(name)) for block in found for name, linear in block.linears.items()
-        )
-        return notes.each(linears, total=len(self.linears()))
+        return notes.each(found, total=len(decoder_layers(self.model)))
+
+    def each(self, notes: Notes, make: Callable[[QuantLinear], Kept]) -> Iterator[tuple[str, QuantLinear, Kept]]:
+        """Name, linear and statistics of each of them, block by block."""
+        for block in self.blocks(notes, make):
+            for name, linear in block.linears.items():
+                yield name, linear, block.statistics.pop(name)
 
     def publish(self, role: str, *, before: float, after: float) -> StageRecord:
         """Publish `student/`; the record also names it as `role`, and says which part of the output error is left."""
@@ -68,3 +73,8 @@ class Calibration:
 
     def _chosen(self, name: str) -> bool:
         return not any(fnmatchcase(name, pattern) for pattern in self.options.exclude)
+
+
+def whole_moments(linear: QuantLinear) -> Moments:
+    """Empty second moments of all inputs of a linear together."""
+    return Moments(linear.in_features, linear.in_features, device=linear.weight.device)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 
-from bitdistill_ray.model.linear import QuantLinear
-from bitdistill_ray.quant import ClipStatistics, Moments, apply_clip, initial_alpha, search_clip, solve_gptq
+from bitdistill_ray.quant import ClipStatistics, apply_clip, initial_alpha, search_clip, solve_gptq
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import GPTQStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.calibration import Calibration
+from bitdistill_ray.stages.calibration import Calibration, whole_moments
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.notes import Notes
 
@@ -29,7 +28,7 @@ def _gptq(context: StageContext, notes: Notes) -> StageRecord:
     assert isinstance(options, GPTQStage)
     student = Calibration.load(context)
     before, after = 0.0, 0.0
-    for name, linear, moments in student.each(notes, _moments):
+    for name, linear, moments in student.each(notes, whole_moments):
         spec, like_NK = linear.spec, None
         assert spec is not None
         if options.clip:
@@ -44,7 +43,3 @@ def _gptq(context: StageContext, notes: Notes) -> StageRecord:
                 linear.alpha.copy_(alpha)
         before, after = before + solved.error_before, after + solved.error_after
     return student.publish("gptq", before=before, after=after)
-
-
-def _moments(linear: QuantLinear) -> Moments:
-    return Moments(linear.in_features, linear.in_features, device=linear.weight.device)

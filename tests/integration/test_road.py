@@ -138,6 +138,8 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger
             "stages": {
                 "finetune": train,
                 "refine": {"subln": "all"},
+                "awq": {"steps": 4},
+                "gptq": {"quantised_inputs": True},
                 "pretrain": {**train, "loss": {"forward_kl": 1}},
                 "distill": {**train, "loss": task_loss},
                 "export": {},
@@ -150,4 +152,7 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger
     last = [row for row in rows if row["stage"] == "distill"][-1]
     assert {"ce", "forward_kl@5", "relation"} <= set(last)
     assert last["relation"] > 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())["stages"]
+    assert summary["awq"]["error_left"] <= 1
+    assert summary["gptq"]["error_left"] < 1
     assert PackedFolder.open(tmp_path / "run/stages/export/packed").manifest.subln

@@ -1,0 +1,49 @@
+"""`awq`: channels that carry much are made larger before rounding, before any training (`quant/awq.py`).
+
+The student's function stays (`model/channels.py`): what is multiplied into one linear is divided out of the norm or
+the linear before it.  `clip` or `gptq` may follow.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bitdistill_ray.model.channels import scalable_channels
+from bitdistill_ray.model.linear import QuantLinear
+from bitdistill_ray.quant import initial_alpha, search_scales
+from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.stage_config import AWQStage
+from bitdistill_ray.stages.base import StageContext, stage
+from bitdistill_ray.stages.calibration import Calibration, whole_moments
+from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.notes import Notes
+
+
+@stage("awq")
+def awq(context: StageContext) -> StageRecord:
+    """Publish `student/`, whose channels are scaled."""
+    return on_cluster(_awq, context)
+
+
+def _awq(context: StageContext, notes: Notes) -> StageRecord:
+    options = context.stage
+    assert isinstance(options, AWQStage)
+    student = Calibration.load(context)
+    before, after = 0.0, 0.0
+    for block in student.blocks(notes, whole_moments):
+        name_of = {linear: name for name, linear in block.linears.items()}
+        for channels in scalable_channels(student.model, block.layer):
+            measured = [reader for reader in channels.readers if isinstance(reader, QuantLinear) and reader in name_of]
+            if not measured:
+                continue
+            moments = block.statistics[name_of[measured[0]]]
+            weights = [(reader.weight, reader.spec) for reader in measured]
+            s_K, error_before, error_after = search_scales(weights, moments.mean("awq"), steps=options.steps,
+                                                           tie=channels.tie)  # fmt: skip
+            channels.scale(s_K)
+            before, after = before + error_before, after + error_after
+        for linear in block.linears.values():
+            if linear.alpha is not None and linear.spec is not None:
+                with torch.no_grad():
+                    linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
+    return student.publish("awq", before=before, after=after)
