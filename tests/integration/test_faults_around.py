@@ -58,7 +58,8 @@ def beside_dying_teachers(settings: dict[str, TrainJob]) -> None:
         os.kill(stopped[0], signal.SIGSTOP)
 
     def kill_one() -> None:
-        assert [t for t in asked if t.teacher == 0 and not ray.wait([t.answer], timeout=0)[0]]
+        waiting = [ticket for ticket in asked if ticket.teacher == 0 and ticket.answer is not None]
+        assert [ticket for ticket in waiting if not ray.wait([ticket.answer], timeout=0)[0]]
         os.kill(stopped[0], signal.SIGKILL)
 
     def kill_all() -> None:
