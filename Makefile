@@ -39,7 +39,7 @@ test: $(INSTALLED)  ## every test except the soaks (under 30 minutes on 2 cores)
 test-fast: $(INSTALLED)  ## the tests that need no cluster, server or build (under 2 minutes)
 	$(PYTEST) -m "not slow and not soak"
 
-soak: $(INSTALLED)  ## long fuzzing and soaks
+soak: $(INSTALLED)  ## long fuzzing, soaks, and the other sizes of what `make test` runs once
 	$(PYTEST) -m soak --timeout 0
 
 bench: $(INSTALLED)  ## kernels, decoding, teacher, training and data at small sizes; JSON in runs/bench (about 3 minutes)

@@ -48,8 +48,8 @@ def test_teacher(tmp_path: Path) -> None:
 
 
 def test_train(tmp_path: Path) -> None:
-    rows = measured("train", tmp_path, "--formats", "ternary")
-    relation, live, memory, arithmetic, peak, _, scale = rows
+    rows = measured("train", tmp_path, "--formats", "ternary", "--only", "steps,loss")
+    relation, live, memory, arithmetic, peak, _ = rows
     assert relation["case"] == "training step, live teacher, hidden + Q, K, V"
     assert live["format"] == memory["format"] == "ternary"
     assert arithmetic["unit"] == "TFLOP/s"
@@ -57,6 +57,11 @@ def test_train(tmp_path: Path) -> None:
     assert live["limit"] == memory["value"]
     assert memory["baseline"] > 0
     assert peak["metric"] == "peak memory"
+    assert peak["ratio"] > 2  # an eighth of the tokens at a time: exact figures, not times
+
+
+@pytest.mark.soak
+def test_train_over_workers(tmp_path: Path) -> None:
+    (scale,) = measured("train", tmp_path, "--formats", "ternary", "--only", "scale")
     assert scale["case"] == "training step of 2 workers, answers in memory"
     assert scale["limit"] > 0
-    assert peak["ratio"] > 2  # an eighth of the tokens at a time: exact figures, not times

@@ -26,7 +26,7 @@ def trained(root: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_a_measured_run_has_the_losses_of_one_that_is_not(tmp_path: Path, zero: int) -> None:
     measured = trained(tmp_path, "measured", f"student.zero={zero}", "monitor.codes_every=2",
                        "monitor.gradients_every=3")  # fmt: skip

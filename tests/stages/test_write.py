@@ -28,7 +28,7 @@ SIZE = 4
 PARTS: list[Part] = [(0, 0), (1, 4), (2, 8)]
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.soak), 2])
 def pool(request: pytest.FixtureRequest, ray_session: None, tmp_path: Path) -> Iterator[TeacherPool]:
     config = TeacherConfig(actors=request.param, cpus=0.5, threads=1, dtype=Dtype.FP32, timeout_s=120, attempts=3)
     started = TeacherPool.start(str(save_tiny(tmp_path / "teacher", "llama")), config)

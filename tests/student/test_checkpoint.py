@@ -77,7 +77,7 @@ def spawn(ranks: int, root: Path, zero: int, *, until: int, save_at: int) -> lis
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_a_checkpoint_loads_at_another_number_of_workers(tmp_path: Path, zero: int) -> None:
     """1 worker to the end; from its checkpoint 2 workers go on; from theirs 1 worker does: one curve."""
     whole = spawn(1, tmp_path, zero, until=STEPS, save_at=2)
