@@ -34,7 +34,8 @@ TRANSIENT_CODES = frozenset(
 )  # fmt: skip
 TRANSIENT_WORDS = ("slow_down", "slow down", "reduce your request rate", "service unavailable", "internal error",
                    "gateway timeout", "bad gateway", "connection reset", "server disconnected", "read timeout",
-                   "connect timeout", "network_connection", "request_timeout",
+                   "connect timeout", "network_connection", "request_timeout", "service_unavailable",
+                   "internal_failure", "throttling",
                    *(f"http status {code}" for code in (500, 502, 503, 504)))  # fmt: skip
 
 

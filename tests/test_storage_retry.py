@@ -83,3 +83,11 @@ def test_pauses_grow_to_a_bound_and_end_with_the_patience() -> None:
                                    OSError("No space left on device")])  # fmt: skip
 def test_what_waiting_cannot_mend_is_not_waited_for(error: OSError) -> None:
     assert not is_transient(error)
+
+
+@pytest.mark.parametrize("said", ["AWS Error SERVICE_UNAVAILABLE during GetObject operation:",
+                                  "AWS Error SLOW_DOWN during PutObject operation: Please reduce your request rate",
+                                  "AWS Error UNKNOWN (HTTP status 503) during HeadObject operation",
+                                  "AWS Error INTERNAL_FAILURE during GetObject operation"])  # fmt: skip
+def test_what_a_store_says_when_it_is_away_for_a_while_is_waited_for(said: str) -> None:
+    assert is_transient(OSError(said))

@@ -43,21 +43,22 @@ class Notice:
 
     def __init__(self, *, check_every: int) -> None:
         self.check_every = check_every
-        self.told = threading.Event()
+        self.told, self.listening = threading.Event(), threading.Event()
         self.drain_seen = False
         self._reply: Any = None
         self._keep: Callable[..., int] | None = None  # ctypes does not
 
     def listen(self) -> None:
         """Take SIGTERM from now on; Ray's own handler would end the process in the middle of a step."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._heard)
-            return
 
         def install(_: object) -> int:
             signal.signal(signal.SIGTERM, self._heard)
+            self.listening.set()
             return 0
 
+        if threading.current_thread() is threading.main_thread():
+            install(None)
+            return
         self._keep = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(install)
         ctypes.pythonapi.Py_AddPendingCall(self._keep, None)
 

@@ -46,6 +46,7 @@ from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Roster
 
+LISTENING_S = 10.0
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
 
@@ -57,6 +58,8 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.rank, self.ranks = job, context.get_world_rank(), context.get_world_size()
         student = job.config.student
+        self.notice = Notice(check_every=student.preemption_check_every)
+        self.notice.listen()  # first of all: from the first step on it must have been heard
         torch.set_num_threads(student.threads or env.cpu_count())
         self.device = ray.train.torch.get_device() if student.gpus else torch.device("cpu")  # sees its neighbours' too
         self.dtype, why = compute_dtype(student.dtype, self.device)
@@ -70,7 +73,6 @@ class Worker:
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
         self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
-        self.notice = Notice(check_every=student.preemption_check_every)
         self.stop = torch.zeros(())  # more than 0 when a rank was told to go
         self.attempt = new_attempt(self.device)
         self.checkpoints = self._checkpoints()
@@ -84,7 +86,7 @@ class Worker:
         """From the newest checkpoint to the last step; then publish the weights."""
         position = self._resume()
         self.probes.start(position.step)
-        self.notice.listen()
+        self.notice.listening.wait(LISTENING_S)  # the main thread is asked once a second what this one does
         inbox = Inbox(
             self.job.feeder,
             self.client,
