@@ -29,7 +29,7 @@ LONGEST_DRIVER = 120
 
 # A part may import its own layer and those before it.  A module that is not named is an entry module, after all others.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "env", "sigterm"}),
+    frozenset({"errors", "env", "board", "sigterm"}),
     frozenset({"core"}),
     frozenset({"config", "stage_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "storage_retry", "hardware", "machine", "ray_errors", "recipe"}),
@@ -160,7 +160,7 @@ def test_configuration_needs_neither_torch_nor_ray(module: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", ["teacher.registry", "student.entry", "student.monitor", "data.feeder"])
+@pytest.mark.parametrize("module", ["teacher.registry", "student.entry", "student.monitor", "data.feeder", "board"])
 def test_actors_that_hold_no_model_start_without_its_libraries(module: str) -> None:
     """They come before the model's own processes in every start of a run, which would wait for them."""
     program = (

@@ -2,9 +2,11 @@
 
     from_items(tasks) ► map_batches(read, tokenise, pack; one task per unit, a generator) ► blocks, order preserved
 
-The plan is cut every TASKS_PER_DATASET units (passes follow each other in one plan), so that it stays small for a
-corpus of a million units and has enough to do in parallel for one of three.  Memory is bounded by small blocks: Ray
-Data lets a task run ahead of its reader by a few blocks only, and `concurrency` bounds how many tasks there are.
+Tasks are cut into plans (passes follow each other in one), the first of FIRST_TASKS and each twice as long as the one
+before, up to MOST_TASKS: so a plan stays small for a corpus of a million units and has enough to do in parallel for one
+of three, and a short run does not read passes of a small corpus that it will never see.  Memory is bounded by small
+blocks: Ray Data lets a task run ahead of its reader by a few blocks only, and `concurrency` bounds how many tasks there
+are.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from bitdistill_ray.data.sources import CorpusSpec
 from bitdistill_ray.data.units import Unit
 from bitdistill_ray.ray_errors import user_error
 
-TASKS_PER_DATASET = 1024
+FIRST_TASKS, MOST_TASKS = 16, 1024
 TARGET_BLOCK_BYTES = 8 << 20
 STORE_FRACTION = 0.25  # of the object store, for what several streams read ahead
 
@@ -79,7 +81,9 @@ def read_on_ray(
 
     Raises the workers' own DataError and StorageError, not Ray's wrapping.
     """
-    while chunk := list(islice(tasks, TASKS_PER_DATASET)):
+    count = FIRST_TASKS
+    while chunk := list(islice(tasks, count)):
+        count = min(2 * count, MOST_TASKS)
         blocks = _dataset(chunk, corpus, encoder, reading).iter_batches(batch_size=None, batch_format="numpy")
         try:
             yield from blocks

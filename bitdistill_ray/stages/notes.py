@@ -16,31 +16,9 @@ import ray
 from ray.exceptions import RayError
 from tqdm import tqdm
 
+from bitdistill_ray.board import Board
+
 Item = TypeVar("Item")
-
-
-class Board:
-    """The actor between a stage's task and the driver."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.done, self.total = 0, 0
-
-    def say(self, line: str) -> None:
-        """Add a line."""
-        self.lines.append(line)
-
-    def expect(self, total: int) -> None:
-        """Start a progress bar of `total` things."""
-        self.done, self.total = 0, total
-
-    def advance(self) -> None:
-        """One thing more is done."""
-        self.done += 1
-
-    def read(self, since: int) -> tuple[list[str], int, int]:
-        """Lines from number `since` on, things done, things expected."""
-        return self.lines[since:], self.done, self.total
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def join(blocks: list[Block]) -> Block:
 def test_ray_data_gives_the_rows_of_one_process_in_their_order(
     corpus: CorpusSpec, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "TASKS_PER_DATASET", 13)  # 22 tasks: two plans
+    monkeypatch.setattr(dataset, "FIRST_TASKS", 7)  # 22 tasks: plans of 7, 14 and 1
     monkeypatch.setattr(dataset, "TARGET_BLOCK_BYTES", 2000)  # about 4 rows: several blocks of one unit
     stream = Stream(corpus, list_units(corpus), lambda tasks: read_here(tasks, corpus, encoder))
     tasks = list(islice(stream.tasks(Cursor(unit=2, skip=3)), 22))
