@@ -148,24 +148,19 @@ def test_only_env_reads_the_environment() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("module", ["core", "errors", "env", "config", "recipe"])
-def test_configuration_needs_neither_torch_nor_ray(module: str) -> None:
-    """`--plan`, `--help` and a mistake in a recipe answer at once."""
-    program = (
-        f"import sys, bitdistill_ray.{module}\n"
-        "heavy = {'torch', 'ray', 'deepspeed', 'transformers'} & set(sys.modules)\n"
-        "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+MODEL_LIBRARIES = ("torch", "deepspeed", "transformers")
+LIGHT = {
+    **dict.fromkeys(("core", "errors", "env", "config", "recipe"), (*MODEL_LIBRARIES, "ray")),  # help and refusals
+    **dict.fromkeys(("teacher.registry", "student.entry", "student.monitor", "data.feeder", "board"), MODEL_LIBRARIES),
+}
 
 
-@pytest.mark.parametrize("module", ["teacher.registry", "student.entry", "student.monitor", "data.feeder", "board"])
-def test_actors_that_hold_no_model_start_without_its_libraries(module: str) -> None:
-    """They come before the model's own processes in every start of a run, which would wait for them."""
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_must_be_there_at_once_imports_nothing_heavy(module: str) -> None:
+    """`--plan`, `--help`, a mistake in a recipe; and the actors that come before a model's own processes."""
     program = (
         f"import sys, bitdistill_ray.{module}\n"
-        "heavy = {'torch', 'deepspeed', 'transformers'} & set(sys.modules)\n"
+        f"heavy = {set(LIGHT[module])} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)

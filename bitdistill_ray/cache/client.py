@@ -46,6 +46,7 @@ class CacheTicket:
     batch: Any
     found: Future[wire.Message | None]
     live: Ticket | None = None
+    landing: Landing | None = None
 
 
 class CachedTeacher:
@@ -96,8 +97,7 @@ class CachedTeacher:
         self._open.remove(ticket)
         if found is not None:
             self.hits += len(arrays["ids"])
-            wire.check_answer({**found, "digest": wire.batch_digest(arrays)}, arrays)
-            return Landing(found, torch.device(device)).take()
+            return (ticket.landing or _land(found, arrays, device)).take()
         self.misses += len(arrays["ids"])
         assert ticket.live is not None  # _pass_on saw to it
         message = wire.encode_signals(self.client.answer(ticket.live, arrays))
@@ -106,7 +106,11 @@ class CachedTeacher:
         return Landing(message_of(entries, self.coder, message["sequence_ids"]), torch.device(device)).take()
 
     def take_up(self, ticket: CacheTicket, device: torch.device | str = "cpu") -> None:
-        """Nothing: blocks are read and decoded beside the student already."""
+        """Begin to copy what storage says to `device` if it is read and decoded already."""
+        done = ticket.landing is None and ticket.found.done() and not ticket.found.exception()
+        found = ticket.found.result() if done else None
+        if found is not None:
+            ticket.landing = _land(found, _arrays(ticket.batch), device)
 
     def take_counters(self) -> dict[str, float]:
         """Counters since the last call."""
@@ -131,7 +135,7 @@ class CachedTeacher:
                 ticket.live = self.client.ask(ticket.batch)
 
     def _look_up(self, batch: Any) -> wire.Message | None:
-        arrays: BatchArrays = ray.get(batch) if isinstance(batch, ray.ObjectRef) else batch
+        arrays = _arrays(batch)
         entries = [self.pending.get(key) or self.store.get(key) for key in keys_of(arrays)]
         known = [entry for entry in entries if entry is not None]
         if len(known) < len(entries):
@@ -153,6 +157,16 @@ class CachedTeacher:
             self.store.put(new)
         except StorageError as error:
             self.say(f"teacher cache: {len(new)} sequences were not written, the run goes on without them: {error}")
+
+
+def _arrays(batch: Any) -> BatchArrays:
+    arrays: BatchArrays = ray.get(batch) if isinstance(batch, ray.ObjectRef) else batch
+    return arrays
+
+
+def _land(found: wire.Message, arrays: BatchArrays, device: torch.device | str) -> Landing:
+    wire.check_answer({**found, "digest": wire.batch_digest(arrays)}, arrays)
+    return Landing(found, torch.device(device))
 
 
 def open_cache(

@@ -19,10 +19,19 @@ from bitdistill_ray.losses.divergence import kl_divergence, log_probabilities, t
 
 def confidence_aware_kl(student_log_nP: Tensor, teacher_log_nP: Tensor, gamma: float | Tensor) -> Tensor:
     """CAKLD per token from log-probabilities; `gamma` is a scalar or [n], clamped to [0, 1]."""
-    gamma_n = torch.as_tensor(gamma, dtype=student_log_nP.dtype).detach().clamp(0.0, 1.0)
     reverse_n = kl_divergence(student_log_nP, teacher_log_nP)
     forward_n = kl_divergence(teacher_log_nP, student_log_nP)
-    return gamma_n * reverse_n + (1.0 - gamma_n) * forward_n
+    return mixed(reverse_n, forward_n, clamped(gamma, like=student_log_nP))
+
+
+def clamped(gamma: float | Tensor, *, like: Tensor) -> Tensor:
+    """gamma in [0, 1], without gradient, in the dtype of `like`."""
+    return torch.as_tensor(gamma, dtype=like.dtype).detach().clamp(0.0, 1.0)
+
+
+def mixed(reverse_n: Tensor, forward_n: Tensor, gamma: Tensor) -> Tensor:
+    """CAKLD of KL(S || T) and KL(T || S)."""
+    return gamma * reverse_n + (1.0 - gamma) * forward_n
 
 
 def cakld(

@@ -17,8 +17,8 @@ backward pass, inside the hooks that gather the head.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -28,73 +28,56 @@ from bitdistill_ray.core import AttentionStates, TeacherSignals
 from bitdistill_ray.errors import ConfigError, ModelError, TeacherError
 from bitdistill_ray.losses import fused
 from bitdistill_ray.losses.eager_gradient import Summed, weighted_sums
-from bitdistill_ray.losses.objective import Loss, Objective, Scope
+from bitdistill_ray.losses.objective import Loss, Objective
 from bitdistill_ray.losses.reduction import Totals, divide, valid_sum
 from bitdistill_ray.losses.relation import attention_relation_loss
-from bitdistill_ray.losses.teacher_view import DenseView, Head, TeacherView, ViewMaker, blank, teacher_views
+from bitdistill_ray.losses.teacher_view import Head, ViewMaker, blank, teacher_views
 from bitdistill_ray.losses.terms import Comparison, term_values
 
 RELATION = "relation"  # its key in Loss.parts
 
 
-def chunk_sums(
-    hidden_nD: Tensor,
-    student_head: Head,
-    view_of: ViewMaker | None,
-    labels_n: Tensor,
-    present_n: Tensor,
-    objective: Objective,
-    gamma: float | Tensor | None,
-) -> Tensor:
-    """Sums over a chunk's tokens of each term, fp32 [terms]; pure, without a read-back to Python."""
-    student_nV, teacher = _both_sides(hidden_nD, student_head, view_of, labels_n, present_n, objective)
-    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
-    return compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """All that a chunk's sums depend on besides its hidden states; shapes as in `chunked_loss`, n tokens."""
 
+    student_head: Head
+    view_of: ViewMaker | None
+    labels_n: Tensor
+    present_n: Tensor
+    objective: Objective
+    gamma: float | Tensor | None
 
-def chunk_gradient(
-    hidden_nD: Tensor,
-    factors_S: Tensor,
-    *,
-    student_head: Head,
-    view_of: ViewMaker | None,
-    labels_n: Tensor,
-    present_n: Tensor,
-    objective: Objective,
-    gamma: float | Tensor | None,
-) -> Summed:
-    """`chunk_sums`, and where the gradient of `factors_S` times them starts; a GPU makes both in one kernel."""
-    student_nV, teacher = _both_sides(hidden_nD, student_head, view_of, labels_n, present_n, objective)
-    if fused.covers(student_nV, teacher, objective):
-        view = teacher if isinstance(teacher, DenseView) else None
-        sums_S, grad_nV = fused.sums_and_gradient(
-            student_nV, view, labels_n, present_n, objective, gamma, factors_S
-        )  # fmt: skip
-        return Summed(sums_S, student_nV, grad_nV)
-    compared = _compiled_comparison() if student_nV.is_cuda else compared_sums
-    sums_S = compared(Comparison(student_nV, teacher, labels_n, gamma), present_n, objective)
-    return Summed(sums_S.detach(), (sums_S * factors_S).sum())
+    def sums(self, hidden_nD: Tensor) -> Tensor:
+        """Sums over the chunk's tokens of each term, fp32 [terms]; pure, without a read-back to Python."""
+        return self._compare(self._tokens(hidden_nD))
 
+    def gradient(self, hidden_nD: Tensor, factors_S: Tensor) -> Summed:
+        """`sums`, and where the gradient of `factors_S` times them starts; a GPU makes both in one kernel."""
+        tokens = self._tokens(hidden_nD)
+        if fused.covers(tokens, self.objective):
+            sums_S, grad_nV = fused.sums_and_gradient(tokens, self.present_n, self.objective, factors_S)
+            return Summed(sums_S, tokens.student_nV, grad_nV)
+        sums_S = self._compare(tokens)
+        return Summed(sums_S.detach(), (sums_S * factors_S).sum())
 
-def _both_sides(
-    hidden_nD: Tensor,
-    student_head: Head,
-    view_of: ViewMaker | None,
-    labels_n: Tensor,
-    present_n: Tensor,
-    objective: Objective,
-) -> tuple[Tensor, TeacherView | None]:
-    """Both heads: (the student's logits [n, V], what the teacher said), rows that no term looks at made of zeros."""
-    target_n = labels_n >= 0
-    used_n = present_n | target_n if objective.needs_padding else target_n
-    student_nV = student_head(blank(hidden_nD, used_n))
-    return student_nV, None if view_of is None else view_of(used_n)
+    def _tokens(self, hidden_nD: Tensor) -> Comparison:
+        """Both heads, on rows of zeros where no term looks."""
+        target_n = self.labels_n >= 0
+        used_n = self.present_n | target_n if self.objective.needs_padding else target_n
+        student_nV = self.student_head(blank(hidden_nD, used_n))
+        view = None if self.view_of is None else self.view_of(used_n)
+        return Comparison(student_nV, view, self.labels_n, self.gamma)
+
+    def _compare(self, tokens: Comparison) -> Tensor:
+        compared = _compiled_comparison() if tokens.student_nV.is_cuda else compared_sums
+        return compared(tokens, self.present_n, self.objective)
 
 
 def compared_sums(tokens: Comparison, present_n: Tensor, objective: Objective) -> Tensor:
-    """`chunk_sums` after the heads: logits in, sums out; compiled, a GPU reads the logits only a few times."""
+    """`Chunk.sums` after the heads: logits in, sums out; compiled, a GPU reads the logits only a few times."""
     values = term_values(tokens, objective.terms)
-    scopes = [tokens.labels_n >= 0 if term.scope is Scope.TARGETS else present_n for term in objective.terms]
+    scopes = [tokens.counted(term, present_n) for term in objective.terms]
     return torch.stack([valid_sum(v, s) for v, s in zip(values, scopes, strict=True)])
 
 
@@ -182,14 +165,13 @@ def _token_sums(
     """(the weighted sum of the terms, with gradient; the sum over all tokens of each term [S], detached)."""
     hidden_nD = hidden_BTD.flatten(0, 1)
     views: Sequence[ViewMaker | None]
-    sizes = [len(chunk_n) for chunk_n in torch.split(labels_BT.flatten(), chunk_tokens)]
     if objective.needs_distribution and signals is not None:
         views = teacher_views(signals, teacher_head, tokens=labels_BT.numel(), chunk_tokens=chunk_tokens)
     else:
-        views = [None] * len(sizes)
-    given: list[dict[str, Any]] = [
-        {"student_head": student_head, "view_of": v, "labels_n": labels_n, "present_n": present_n,
-         "objective": objective, "gamma": gamma}
+        views = [None] * -(-labels_BT.numel() // chunk_tokens)
+    chunks = [
+        Chunk(student_head=student_head, view_of=v, labels_n=labels_n, present_n=present_n, objective=objective,
+              gamma=gamma)
         for v, labels_n, present_n in zip(
             views, torch.split(labels_BT.flatten(), chunk_tokens), torch.split(present_BT.flatten(), chunk_tokens),
             strict=True,
@@ -197,15 +179,15 @@ def _token_sums(
     ]  # fmt: skip
     parameters = _trained_parameters(student_head)
     if parameters is None or not (torch.is_grad_enabled() and hidden_BTD.requires_grad):
-        chunks = torch.split(hidden_nD, chunk_tokens)  # split: one concatenation in the backward pass
+        hidden = torch.split(hidden_nD, chunk_tokens)  # split: one concatenation in the backward pass
         made = [
-            checkpoint(partial(chunk_sums, **own), h, use_reentrant=False, preserve_rng_state=False)
-            for own, h in zip(given, chunks, strict=True)
+            checkpoint(chunk.sums, h_nD, use_reentrant=False, preserve_rng_state=False)
+            for chunk, h_nD in zip(chunks, hidden, strict=True)
         ]
         total_S = torch.stack(made).sum(0)
         return (total_S * factors_S).sum(), total_S.detach()
-    chunks_of = [(size, partial(chunk_gradient, **own)) for size, own in zip(sizes, given, strict=True)]
-    return weighted_sums(hidden_nD, parameters, chunks_of, factors_S)
+    gradients = [(len(chunk.labels_n), chunk.gradient) for chunk in chunks]
+    return weighted_sums(hidden_nD, parameters, gradients, factors_S)
 
 
 def _trained_parameters(student_head: Head) -> list[nn.Parameter] | None:

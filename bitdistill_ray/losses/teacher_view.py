@@ -63,13 +63,15 @@ class DenseView:
 
     def compare(self, student_log_nV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
         """See TeacherView: the classes are the vocabulary."""
-        if self.logits_nV.shape[-1] != student_log_nV.shape[-1]:
-            raise TeacherError(
-                "teacher vocabulary",
-                f"{self.logits_nV.shape[-1]} logits, the student has {student_log_nV.shape[-1]}",
-                "Use a teacher and a student that share tokenizer and vocabulary size",
-            )
-        return student_log_nV, teacher_log_probabilities(self.logits_nV, temperature=temperature)
+        return student_log_nV, teacher_log_probabilities(self.logits_beside(student_log_nV), temperature=temperature)
+
+    def logits_beside(self, student_nV: Tensor) -> Tensor:
+        """The logits, which are of the student's vocabulary."""
+        if self.logits_nV.shape[-1] != student_nV.shape[-1]:
+            raise TeacherError("teacher vocabulary",
+                               f"{self.logits_nV.shape[-1]} logits, the student has {student_nV.shape[-1]}",
+                               "Use a teacher and a student that share tokenizer and vocabulary size")  # fmt: skip
+        return self.logits_nV
 
     def label_probability(self, labels_n: Tensor) -> Tensor:
         """See TeacherView."""

@@ -30,7 +30,7 @@ from bitdistill_ray.losses.divergence import (
     negative_log_likelihood,
     tau_factor,
 )
-from bitdistill_ray.losses.objective import GammaMode, Term, TermKind
+from bitdistill_ray.losses.objective import GammaMode, Scope, Term, TermKind
 from bitdistill_ray.losses.teacher_view import SampledView, TeacherView
 
 
@@ -47,9 +47,13 @@ class Comparison:
         self, student_nV: Tensor, teacher: TeacherView | None, labels_n: Tensor, gamma: float | Tensor | None
     ) -> None:
         self.student_nV, self.labels_n = student_nV, labels_n
-        self._teacher, self._gamma = teacher, gamma
+        self.view, self._gamma = teacher, gamma
         self._student_logs: dict[float, Tensor] = {}
         self._pairs: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def counted(self, term: Term, present_n: Tensor) -> Tensor:
+        """bool [n]: the tokens that a term is averaged over."""
+        return self.labels_n >= 0 if term.scope is Scope.TARGETS else present_n
 
     def student_log(self, temperature: float = 1.0) -> Tensor:
         """The student's log-probabilities [n, V]."""
@@ -60,10 +64,10 @@ class Comparison:
     @property
     def teacher(self) -> TeacherView:
         """The teacher's side; a TeacherError where the caller gave none."""
-        if self._teacher is None:
+        if self.view is None:
             raise TeacherError("teacher signals", "none, and a term of the objective compares with a teacher",
                                "Give them, or use ce alone")  # fmt: skip
-        return self._teacher
+        return self.view
 
     def pair(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """(student, teacher) log-probabilities [n, P] over the same classes."""

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.quant.base import fake_quantize, initial_alpha
+from bitdistill_ray.quant.moments import output_errors
 
 SMALLEST = 1e-4  # of a channel's rms, against the mean of all: channels that are hardly there are not scaled to nothing
 
 
 @torch.no_grad()
 def search_scales(
-    linears: Sequence[tuple[Tensor, QuantSpec | None]],
+    linears: Sequence[tuple[Tensor, QuantSpec]],
     gram_KK: Tensor,
     *,
     steps: int = 20,
@@ -33,28 +34,21 @@ def search_scales(
 ) -> tuple[Tensor, float, float]:
     """(scales s [K] in float32, output error without and with them) for linears that read the same input.
 
-    linears  weights [N, K] and how each is quantised (None: it is not, and has no error)
+    linears  weights [N, K] and how each is quantised
     gram_KK  second moments of their input
     tie      makes the rms of channels that must share a scale the same
     """
     rms_K = tie(gram_KK.diagonal().float().clamp_min(0).sqrt())
     rms_K = rms_K.clamp_min(SMALLEST * float(rms_K.mean()) + torch.finfo(torch.float32).tiny)
-    best_K = torch.ones_like(rms_K)
-    errors: list[float] = []
-    for step in range(steps):
-        s_K = rms_K.pow(step / steps)
-        s_K = s_K / (s_K.max() * s_K.min()).sqrt()
-        error = sum(_error(w_NK, s_K, gram_KK, spec) for w_NK, spec in linears)
-        if errors and error < min(errors):
-            best_K = s_K
-        errors.append(error)
-    return best_K, errors[0], min(errors)
+    powers_PK = torch.stack([rms_K.pow(step / steps) for step in range(steps)])
+    s_PK = powers_PK / (powers_PK.amax(-1, keepdim=True) * powers_PK.amin(-1, keepdim=True)).sqrt()
+    errors_P = torch.stack([torch.stack([_error(w, s_K, gram_KK, spec) for w, spec in linears]).sum() for s_K in s_PK])
+    best = int(errors_P.argmin())  # the least scaling of equals; the one time that the device is waited for
+    return s_PK[best], float(errors_P[0]), float(errors_P[best])
 
 
-def _error(w_NK: Tensor, s_K: Tensor, gram_KK: Tensor, spec: QuantSpec | None) -> float:
-    if spec is None:
-        return 0.0
+def _error(w_NK: Tensor, s_K: Tensor, gram_KK: Tensor, spec: QuantSpec) -> Tensor:
     scaled_NK = (w_NK.float() * s_K).to(w_NK.dtype)
     alpha = initial_alpha(scaled_NK, spec) if spec.format.learns_scale else None
     d_NK = w_NK.float() - fake_quantize(scaled_NK, spec, alpha=alpha).float() / s_K
-    return float(((d_NK @ gram_KK.float()) * d_NK).sum())
+    return output_errors(d_NK, gram_KK.float()).sum()

@@ -30,7 +30,7 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.quant.base import check_finite, fake_quantize, initial_alpha
 from bitdistill_ray.quant.block import block_segment
 from bitdistill_ray.quant.grouping import Grouping
-from bitdistill_ray.quant.moments import Moments
+from bitdistill_ray.quant.moments import Moments, output_errors
 
 SEGMENT = 128  # inputs of one Gram matrix for ROW and TENSOR
 
@@ -159,8 +159,7 @@ def _errors(w_NK: Tensor, candidate_MK: Tensor, grams: tuple[Tensor, ...], spec:
     d_MK = (w_NK.float() - torch.unflatten(quantized_MK.float(), 0, (-1, w_NK.shape[0]))).reshape(M, K)
     segments = []
     for d_MGS, gram_GSS in zip(Grouping(M, K, _segment(spec, K)).split(d_MK), grams, strict=True):
-        hd_GMS = torch.bmm(d_MGS.transpose(0, 1), gram_GSS)
-        segments.append((hd_GMS.transpose(0, 1) * d_MGS).sum(dim=-1))
+        segments.append(output_errors(d_MGS.transpose(0, 1), gram_GSS).T)
     error_MG = torch.cat(segments, dim=1)
     match spec.granularity:
         case Granularity.GROUP:

@@ -26,6 +26,7 @@ from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.quant.base import check_finite, fake_quantize, scales_of
 from bitdistill_ray.quant.grouping import Grouping
+from bitdistill_ray.quant.moments import output_errors
 from bitdistill_ray.quant.quantizer import Quantizer, quantizer_of
 
 COLUMNS_AT_ONCE = 128  # whose updates of the columns behind them are gathered into one product
@@ -85,7 +86,7 @@ def solve_gptq(
 def output_error(w_NK: Tensor, candidate_NK: Tensor, gram_KK: Tensor, spec: QuantSpec, alpha: Tensor | None) -> float:
     """Mean over tokens of |x (w - Q(candidate))|^2, summed over the outputs."""
     d_NK = w_NK.to(gram_KK) - fake_quantize(candidate_NK, spec, alpha=alpha).to(gram_KK)
-    return float(((d_NK @ gram_KK) * d_NK).sum())
+    return float(output_errors(d_NK, gram_KK).sum())
 
 
 def _inverse_factor(gram_KK: Tensor, damping: float) -> Tensor:

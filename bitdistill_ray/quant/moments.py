@@ -16,6 +16,11 @@ from bitdistill_ray.quant.base import check_finite
 from bitdistill_ray.quant.grouping import Grouping
 
 
+def output_errors(d_MK: Tensor, gram_KK: Tensor) -> Tensor:
+    """d^T H d of each row, [..., M]: what changes d of a linear's weights do to its outputs, mean over tokens."""
+    return ((d_MK @ gram_KK) * d_MK).sum(dim=-1)
+
+
 class Moments:
     """Sums in float32 over the tokens that were added; segments of `size` inputs."""
 

@@ -33,17 +33,17 @@ def _awq(context: StageContext, notes: Notes) -> StageRecord:
     for block in student.blocks(notes, whole_moments):
         name_of = {linear: name for name, linear in block.linears.items()}
         for channels in scalable_channels(student.model, block.layer):
-            measured = [reader for reader in channels.readers if isinstance(reader, QuantLinear) and reader in name_of]
-            if not measured:
+            measured = [r for r in channels.readers if isinstance(r, QuantLinear) and r in name_of]
+            weights = [(r.weight, r.spec) for r in measured if r.spec is not None]
+            if not weights:
                 continue
-            moments = block.statistics[name_of[measured[0]]]
-            weights = [(reader.weight, reader.spec) for reader in measured]
-            s_K, error_before, error_after = search_scales(weights, moments.mean("awq"), steps=options.steps,
-                                                           tie=channels.tie)  # fmt: skip
+            name = name_of[measured[0]]
+            s_K, error_before, error_after = search_scales(weights, block.statistics[name].mean(name),
+                                                           steps=options.steps, tie=channels.tie)  # fmt: skip
             channels.scale(s_K)
             before, after = before + error_before, after + error_after
-        for linear in block.linears.values():
-            if linear.alpha is not None and linear.spec is not None:
+        for linear in block.layer.modules():  # an excluded one may have been scaled with its neighbours
+            if isinstance(linear, QuantLinear) and linear.alpha is not None and linear.spec is not None:
                 with torch.no_grad():
                     linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
     return student.publish("awq", before=before, after=after)

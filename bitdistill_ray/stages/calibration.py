@@ -26,7 +26,6 @@ class Calibration:
     """A student whose linears one stage changes."""
 
     context: StageContext
-    options: CalibratedStage
     model: Any
     tokenizer: Any
     batches: list[TokenBatch]
@@ -41,7 +40,13 @@ class Calibration:
         source = context.fetch("student")
         model, tokenizer = load_student(source, dtype=dtype, device=device)
         batches = first_batches(corpus_of(context, str(source)), options.calibration_sequences)
-        return cls(context, options, model, tokenizer, batches)
+        return cls(context, model, tokenizer, batches)
+
+    @property
+    def options(self) -> CalibratedStage:
+        """The stage's section of the configuration."""
+        assert isinstance(self.context.stage, CalibratedStage)
+        return self.context.stage
 
     def linears(self) -> list[str]:
         """Names of the linears that are to change."""

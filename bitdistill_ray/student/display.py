@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from typing import Any, TextIO
 
 import ray
@@ -74,21 +75,21 @@ class ProgressBar:
             self.screen.row(rows[-1], self.window)
 
 
-class Screen:
+class Screen(ABC):
     """Where lines go."""
 
     def __init__(self, steps: int, title: str) -> None:
         self.steps, self.title = steps, title
 
+    @abstractmethod
     def say(self, line: str) -> None:
         """A line that a worker said."""
-        raise NotImplementedError
 
+    @abstractmethod
     def row(self, row: Row, window: Window) -> None:
         """The newest row."""
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (lines need no end)
         """The stage has ended."""
 
 

@@ -73,7 +73,7 @@ def zero_config(stage: TrainStage, student: StudentConfig, dtype: torch.dtype) -
         "zero_optimization": {"stage": student.zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # asked of each gradient by itself it costs a tenth of a small step; the worker looks at their norm instead
+        # asked of each gradient by itself, in several kernels; the worker looks at their common norm instead
         "bf16": {"enabled": dtype is torch.bfloat16, "check_grad_overflow": False},
         "fp16": {"enabled": dtype is torch.float16},
         "steps_per_print": 10**9,

@@ -1,8 +1,8 @@
 """The norm of all gradients in a few launches, in place of DeepSpeed's two for each parameter.
 
-ZeRO-1 and ZeRO-2 cast every gradient to fp64 and take its norm by itself: 508 small kernels, between which an H100
-waited 10 ms of a 0.6B student's step.  Here torch's foreach kernels take the norms of all gradients at once, in fp32,
-and only these few hundred numbers are added up in fp64.
+ZeRO-1 and ZeRO-2 cast every gradient to fp64 and take its norm by itself: 508 small kernels in a 0.6B student's step on
+an H100, 5.4 ms of them and more of launching.  Here torch's foreach kernels take the norms of all gradients at once, in
+fp32, and only these few hundred numbers are added up in fp64.
 """
 
 from __future__ import annotations

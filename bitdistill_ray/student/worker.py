@@ -46,7 +46,7 @@ from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Roster
 
-LISTENING_S = 10.0
+LISTENING_S = 10.0  # before the first step, for the handler of SIGTERM to be in place
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
 
@@ -86,7 +86,8 @@ class Worker:
         """From the newest checkpoint to the last step; then publish the weights."""
         position = self._resume()
         self.probes.start(position.step)
-        self.notice.listening.wait(LISTENING_S)  # the main thread is asked once a second what this one does
+        if not self.notice.listening.wait(LISTENING_S):  # the main thread has run nothing meanwhile
+            self._say(f"rank {self.rank}: not listening for SIGTERM yet, which would end it without a checkpoint")
         inbox = Inbox(
             self.job.feeder,
             self.client,

@@ -29,7 +29,7 @@ from bitdistill_ray.decode.loading import stop_ids
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import BitdistillError
-from bitdistill_ray.hardware import compute_dtype, local_devices
+from bitdistill_ray.hardware import compute_dtype, local_device, local_devices
 from bitdistill_ray.losses.gamma import GammaEstimate, estimate_gamma
 from bitdistill_ray.losses.objective import GammaMode
 from bitdistill_ray.losses.teacher_view import Head
@@ -64,10 +64,11 @@ class Teacher:
         dtype: Dtype = Dtype.AUTO,
         threads: int | None = None,
         storage: StorageConfig | None = None,
+        spread: bool = False,
     ) -> None:
         self.began, self.busy_s, self.requests, self.tokens = time.monotonic(), 0.0, 0, 0
         torch.set_num_threads(threads or env.cpu_count())
-        self.devices = local_devices()
+        self.devices = local_devices() if spread else [local_device()]
         self.device = self.devices[0]
         self.dtype, self.why = compute_dtype(dtype, self.device)
         self.source = source

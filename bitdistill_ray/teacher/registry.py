@@ -206,7 +206,8 @@ class Registry:
         remote = ray.remote(TeacherActor).options(
             num_cpus=config.cpus, num_gpus=config.gpus, max_restarts=-1, max_task_retries=0
         )
-        handle = remote.remote(self.source, dtype=config.dtype, threads=config.threads, storage=self.storage)
+        handle = remote.remote(self.source, dtype=config.dtype, threads=config.threads, storage=self.storage,
+                               spread=config.gpus > 1)  # fmt: skip
         number, self.count = self.count, self.count + 1
         self.members[number] = Member(number, handle)
         self._spawn(self._tend(number, self.members[number]))

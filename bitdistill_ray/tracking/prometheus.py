@@ -3,7 +3,7 @@
     ray_bitdistill_train_loss{run="…", stage="distill"} 1.23          every figure of a row: a gauge
     ray_bitdistill_train_tokens_total{…} 12345                         tokens, retries, teacher_bytes: counters
 
-Scrape every node's agent as Ray's documentation says (`/tmp/ray/prom_metrics_service_discovery.json`).
+Scrape every node's agent as Ray's documentation says (`prom_metrics_service_discovery.json`, which Ray writes).
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from bitdistill_ray.train import run
-from tests.integration.curves import TEXT, overrides_of
+from tests.integration.curves import TEXT, overrides_of, refined
 from tests.road import tiny_config
 
 
@@ -24,6 +23,4 @@ def alone(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
 @pytest.fixture
 def victim(alone: Path, request: pytest.FixtureRequest) -> Path:
     """A run folder whose `refine` stage is finished."""
-    folder = alone.parent / request.node.name
-    shutil.copytree(alone / "stages/refine", folder / "stages/refine")
-    return folder
+    return refined(alone, request.node.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,13 @@ def overrides_of(root: Path) -> tuple[str, ...]:
     """The runs that are compared: `STEPS` steps on the text in `root`, in fp32."""
     return (f"data={root}/corpus.jsonl", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32",
             "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
+
+
+def refined(alone: Path, name: str) -> Path:
+    """A new run folder beside `alone`, whose `refine` stage is finished."""
+    folder = alone.parent / name
+    shutil.copytree(alone / "stages/refine", folder / "stages/refine")
+    return folder
 
 
 def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import pytest
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
-from tests.integration.curves import TEXT, overrides_of, rows_of, same_rows
+from tests.integration.curves import TEXT, overrides_of, refined, rows_of, same_rows
 from tests.integration.test_faults_around import MICROS, disturbed
 from tests.road import tiny_config, tiny_overrides
 from tests.tiny_models import save_tiny
@@ -46,9 +45,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
 @pytest.fixture
 def victim(large: Path, request: pytest.FixtureRequest) -> Path:
     """A run folder whose `refine` stage is finished."""
-    folder = large.parent / request.node.name
-    shutil.copytree(large / "stages/refine", folder / "stages/refine")
-    return folder
+    return refined(large, request.node.name)
 
 
 @pytest.fixture

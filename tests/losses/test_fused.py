@@ -55,7 +55,7 @@ def test_sums_and_gradient_are_those_of_the_pure_functions(name: str, dtype: tor
     objective, gamma = Objective(terms=OBJECTIVES[name]), 0.3
     student, teacher, labels, present = chunk(dtype, forbid=forbid)
     factors = torch.linspace(0.5, 1.5, len(objective.terms), device=DEVICE)
-    sums, grad = fused.sums_and_gradient(student, teacher, labels, present, objective, gamma, factors)
+    sums, grad = fused.sums_and_gradient(Comparison(student, teacher, labels, gamma), present, objective, factors)
 
     exact = student.double().requires_grad_()
     in_double = DenseView(teacher.logits_nV.double())
@@ -73,7 +73,7 @@ def test_sums_and_gradient_are_those_of_the_pure_functions(name: str, dtype: tor
 def test_cross_entropy_needs_no_teacher() -> None:
     student, _, labels, present = chunk(torch.float32)
     factors = torch.ones(1, device=DEVICE)
-    sums, _ = fused.sums_and_gradient(student, None, labels, present, Objective(terms=(CE,)), None, factors)
+    sums, _ = fused.sums_and_gradient(Comparison(student, None, labels, None), present, Objective(terms=(CE,)), factors)
     expected = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
     torch.testing.assert_close(sums, expected.reshape(1), rtol=1e-5, atol=1e-4)
 
@@ -83,7 +83,7 @@ def test_a_teacher_of_another_vocabulary_is_refused() -> None:
     objective, factors = Objective(terms=OBJECTIVES["forward"]), torch.ones(1, device=DEVICE)
     shorter = DenseView(teacher.logits_nV[:, :-1])
     with pytest.raises(TeacherError, match="share tokenizer and vocabulary"):
-        fused.sums_and_gradient(student, shorter, labels, present, objective, None, factors)
+        fused.sums_and_gradient(Comparison(student, shorter, labels, None), present, objective, factors)
 
 
 def test_what_it_does_not_cover_goes_the_general_way() -> None:
@@ -98,7 +98,7 @@ def test_what_it_does_not_cover_goes_the_general_way() -> None:
     assert not fused.covers_terms(topk, forward)
     assert not fused.covers_terms(dense, Objective(terms=(Term(kind=TermKind.JSD),)))
     assert not fused.covers_terms(dense, Objective(terms=(tempered,)))
-    assert not fused.covers(torch.zeros(2, 8), dense, ce), "without a GPU"
+    assert not fused.covers(Comparison(torch.zeros(2, 8), dense, torch.zeros(2), None), ce), "without a GPU"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -18,7 +18,7 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.losses.objective import GammaMode
 from bitdistill_ray.model.heads import FrozenHead
 from bitdistill_ray.model.taps import attention_taps
-from bitdistill_ray.teacher import actor, wire
+from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.actor import Teacher, likeliest
 from bitdistill_ray.teacher.request import SignalRequest
 from tests.tiny_models import EVERY_CASE, packed_batch, save_tiny, tiny_model
@@ -207,18 +207,14 @@ def test_a_handshake_tells_models_apart(teacher_of: Any, tmp_path: Path) -> None
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("case", EVERY_CASE)
-def test_a_teacher_on_two_gpus_says_what_one_on_a_cpu_says(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_teacher_on_two_gpus_says_what_one_on_one_says(case: str, tmp_path: Path) -> None:
     folder = str(save_tiny(tmp_path, case))
-    spread = Teacher(folder, dtype=Dtype.FP32)
+    spread, here = (Teacher(folder, dtype=Dtype.FP32, spread=spread) for spread in (True, False))
     assert {parameter.device.index for parameter in spread.model.parameters()} == {0, 1}
-    monkeypatch.setattr(actor, "local_devices", lambda: [torch.device("cpu")])
-    here = Teacher(folder, dtype=Dtype.FP32, threads=1)
     for payload in (Payload.HIDDEN, Payload.LOGITS):
         request = SignalRequest(payload=payload, attention_layer=-1)
         found = wire.encode_signals(spread.signals(BATCH.to(spread.device), request))
-        expected = wire.encode_signals(here.signals(BATCH, request))
+        expected = wire.encode_signals(here.signals(BATCH.to(here.device), request))
         for key in expected.keys() - {"sequence_ids", "attention_layer"}:
             torch.testing.assert_close(wire.get(found, key), wire.get(expected, key), rtol=1e-4, atol=1e-4)
     sampling = Sampling(temperature=0, max_tokens=8, seed=0)
