@@ -12,6 +12,15 @@ class Board:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.done, self.total = 0, 0
+        self.begun = False
+
+    def begin(self) -> None:
+        """The remote part has found room and runs."""
+        self.begun = True
+
+    def has_begun(self) -> bool:
+        """Whether it does."""
+        return self.begun
 
     def say(self, line: str) -> None:
         """Add a line."""

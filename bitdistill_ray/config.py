@@ -203,10 +203,17 @@ class StudentConfig(Strict):
     """Tokens whose logits exist at a time in the loss."""
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint before the stage gives up."""
+    start_timeout_s: float = Field(1800, gt=0)
+    """How long they wait for room, nodes that the cluster has yet to add included, before the run gives up."""
     checkpoint_timeout_s: float = Field(1800, gt=0)
     """How long the upload of a checkpoint may take before the attempt is given up."""
     preemption_check_every: int = Field(10, ge=1)
     """Steps between questions to Ray whether a node is about to be taken away (a barrier of all workers)."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one worker asks Ray for."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
 
     def passes(self, batch_sequences: int) -> int:
         """Micro-batches of one worker in an optimiser step of `batch_sequences` over all workers."""

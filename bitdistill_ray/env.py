@@ -44,6 +44,11 @@ def private_ray_token() -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
+def give_room_in(seconds: int) -> None:
+    """Ray Train's own patience with a cluster that has no room for its workers."""
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)
+
+
 SHARED_CORES = {
     "OMP_WAIT_POLICY": "PASSIVE",  # a teacher and a student on the same cores else spin in each other's way
     "MALLOC_ARENA_MAX": "1",  # with the next two: glibc keeps what it freed, instead of giving each large tensor back

@@ -42,6 +42,10 @@ class TeacherError(BitdistillError):
     """A teacher that cannot answer: wrong vocabulary or tokenizer, no live actor, a timeout."""
 
 
+class ResourceError(BitdistillError):
+    """A cluster without the CPUs or GPUs that were asked for."""
+
+
 class PackedError(BitdistillError):
     """A packed student whose bytes are not what its header promises."""
 

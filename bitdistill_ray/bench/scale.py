@@ -5,6 +5,7 @@ The teacher answers once and then stands idle, so that students may have nearly 
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -45,7 +46,13 @@ def measure(source: str | None, spec: QuantSpec, machine: Machine, load: Load, w
     """One row: the step of `workers` students, limited by the step of one with as much work as each of them has."""
     with tempfile.TemporaryDirectory() as folder:
         source = source or save_random(Path(folder) / "teacher", load.model)
-        seconds = {n: _step_s(source, spec, _base(machine, n, workers), f"{folder}/{n}", load) for n in (1, workers)}
+        config = config_of(source, _shared(machine, workers), folder, load)
+        student = publish_student(config, source, spec)
+        pool = TeacherPool.start(source, config.teacher, config.storage)
+        try:
+            seconds = {n: _step_s(n, config, pool, student, folder, load) for n in (1, workers)}
+        finally:
+            pool.shutdown()
     return [
         Row(case=f"training step of {workers} workers, answers in memory", format=spec.format.value,
             threads=machine.threads // workers if machine.device == "cpu" else None, metric="step",
@@ -54,11 +61,11 @@ def measure(source: str | None, spec: QuantSpec, machine: Machine, load: Load, w
     ]  # fmt: skip
 
 
-def _base(machine: Machine, now: int, most: int) -> Config:
-    """`now` students, each with the CPU threads that it has among `most`."""
-    threads, gpu = max(1, machine.threads // most), machine.device == "cuda"
+def _shared(machine: Machine, workers: int) -> Config:
+    """`workers` students and one teacher, each with its part of the CPU threads."""
+    threads, gpu = max(1, machine.threads // workers), machine.device == "cuda"
     base = machine.config
-    student = {"workers": now, "threads": threads, "gpus": 1 - TEACHER_SHARE if gpu else 0, "cpus": 0.5}
+    student = {"workers": workers, "threads": threads, "gpus": 1 - TEACHER_SHARE if gpu else 0, "cpus": 0.5}
     teacher = {"threads": threads, "gpus": TEACHER_SHARE if gpu else 0, "cpus": 0.5}
     return base.model_copy(
         update={
@@ -68,19 +75,23 @@ def _base(machine: Machine, now: int, most: int) -> Config:
     )
 
 
-def _step_s(source: str, spec: QuantSpec, base: Config, folder: str, load: Load) -> float:
+def _step_s(workers: int, most: Config, pool: TeacherPool, student: str, folder: str, load: Load) -> float:
+    """The median step of `workers` of the students of `most`; `student` is where in the run they begin."""
+    base = most.model_copy(update={"student": most.student.model_copy(update={"workers": workers})})
+    source = most.model.teacher
     config = config_of(source, base, folder, load)
-    pool = TeacherPool.start(source, config.teacher, config.storage)
-    sequences = load.sequences * config.student.workers
+    sequences = load.sequences * workers
     feeder = ray.remote(RandomFeeder).options(num_cpus=0).remote(sequences, load.tokens, vocabulary(source))
     monitor = ray.remote(Monitor).options(num_cpus=0).remote(RunFolder(config).storage, STAGE)
     try:
-        job = job_of(config, pool, source=publish_student(config, source, spec), model_source=None, feeder=feeder,
-                     monitor=monitor)  # fmt: skip
+        job = job_of(config, pool, source=student, model_source=None, feeder=feeder, monitor=monitor)
+        began = time.perf_counter()
         fit(measure_step, {"job": job}, config, folder)
-        return float(ray.get(monitor.own_rows.remote())[-1]["step_s"])
+        step_s = float(ray.get(monitor.own_rows.remote())[-1]["step_s"])
+        print(f"{workers} workers: {step_s * 1e3:.1f} ms a step, measured in {time.perf_counter() - began:.0f} s",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return step_s
     finally:
-        pool.shutdown()
         for actor in (feeder, monitor):
             ray.kill(actor)
 

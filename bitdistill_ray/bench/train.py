@@ -41,6 +41,7 @@ from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import RunFolder
+from bitdistill_ray.shape import read_shape
 from bitdistill_ray.stage_config import DistillStage, LossConfig, RelationConfig, SourceConfig
 from bitdistill_ray.student.flops import TERA, Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
@@ -114,7 +115,7 @@ def config_of(source: str, base: Config, folder: str, load: Load) -> Config:
 
 def vocabulary(source: str) -> int:
     """How many tokens the model at `source` knows."""
-    return int(load_model(source, dtype=torch.bfloat16)[0].config.vocab_size)
+    return read_shape(source).vocabulary
 
 
 def _name(spec: QuantSpec) -> str:
@@ -157,7 +158,7 @@ def _jobs(
     for spec in specs:
         jobs[_name(spec)] = job(source=publish_student(config, source, spec), model_source=None)
     relations = LossConfig(forward_kl=1.0, relation=RelationConfig(weight=1.0, heads=None))
-    layers = load_model(source, dtype=torch.bfloat16)[0].config.num_hidden_layers
+    layers = read_shape(source).layers
     return {
         RELATION: dataclasses.replace(jobs[_name(specs[0])], loss=relations, relation_layer=layers - 1),
         **jobs,
@@ -182,7 +183,7 @@ def fit(function: Any, settings: Mapping[str, Any], config: Config, folder: str)
         scaling_config=ScalingConfig(
             num_workers=student.workers,
             use_gpu=student.gpus > 0,
-            resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+            resources_per_worker=student.resources,
         ),
         run_config=RunConfig(name="bench", storage_path=folder),
     )

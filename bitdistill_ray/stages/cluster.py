@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -15,8 +16,10 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.sigterm import sigterm_calls
 from bitdistill_ray.stages.base import StageContext
 from bitdistill_ray.stages.notes import Notes, shown_notes
+from bitdistill_ray.stages.room import Room
 
 Result = TypeVar("Result")
+LOOK_EVERY_S = 1.0
 
 
 def on_cluster(function: Callable[[StageContext, Notes], Result], context: StageContext) -> Result:
@@ -25,16 +28,35 @@ def on_cluster(function: Callable[[StageContext, Notes], Result], context: Stage
     task = ray.remote(_with_threads).options(num_cpus=resources.cpus, num_gpus=resources.gpus)
     try:
         with shown_notes(context.name) as notes:
-            result: Result = ray.get(task.remote(function, context, notes, resources.threads))
+            answer = task.remote(function, context, notes, resources.threads)
+            _wait_for_room(answer, notes, Room(resources, 1))
+            result: Result = ray.get(answer)
     except RayError as error:
         raise user_error(error) or error from None
     return result
+
+
+def _wait_for_room(task: Any, notes: Notes, room: Room) -> None:
+    """Return when `task` runs, or has run.
+
+    Raises:
+        ResourceError: it still waits for room after `student.start_timeout_s`.
+    """
+    deadline = time.monotonic() + room.student.start_timeout_s
+    while not ray.wait([task], timeout=LOOK_EVERY_S)[0] and not ray.get(notes.board.has_begun.remote()):
+        line = room.line(waiting=True)
+        if line:
+            notes.say(line)
+        if time.monotonic() > deadline:
+            ray.cancel(task)
+            raise room.error()
 
 
 def _with_threads(
     function: Callable[[StageContext, Notes], Result], context: StageContext, notes: Notes, threads: int | None
 ) -> Result:
     """Ray gives a task as many threads as CPUs; a task that has the node to itself may use them all."""
+    notes.begin()
     torch.set_num_threads(threads or env.cpu_count())
     return function(context, notes)
 

@@ -27,6 +27,10 @@ class Notes:
 
     board: Any
 
+    def begin(self) -> None:
+        """Say that the task runs."""
+        self.board.begin.remote()
+
     def say(self, line: str) -> None:
         """Print a line on the driver's terminal."""
         self.board.say.remote(line)

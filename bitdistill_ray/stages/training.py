@@ -9,6 +9,7 @@ The driver places the teachers, the feeder and the monitor, measures CAKLD's gam
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from bitdistill_ray import env
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
@@ -29,6 +31,7 @@ from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import interruptible
 from bitdistill_ray.stages.corpus import corpus_of
+from bitdistill_ray.stages.room import Room, placing
 from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
 from bitdistill_ray.student.entry import train_worker
@@ -102,21 +105,28 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
         scaling_config=ScalingConfig(
             num_workers=student.workers,
             use_gpu=student.gpus > 0,
-            resources_per_worker={"CPU": student.cpus, **({"GPU": student.gpus} if student.gpus else {})},
+            resources_per_worker=student.resources,
         ),
         run_config=RunConfig(
             name=context.name,
             storage_path=records.name,
-            failure_config=FailureConfig(max_failures=student.max_failures),
+            failure_config=FailureConfig(
+                max_failures=student.max_failures, controller_failure_limit=student.max_failures
+            ),
         ),
     )
+    env.give_room_in(math.ceil(student.start_timeout_s / (student.max_failures + 1)))  # of each attempt
+    room = Room(student, student.workers)
     try:
         ray.get(monitor.track.remote(job.config.monitor), timeout=TRACKERS_START_S)
         every_s = job.config.monitor.line_every_s
-        with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s):
+        with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s,
+                                  look=lambda: room.line(waiting=placing())):  # fmt: skip
             interruptible(trainer.fit, on_sigterm=lambda: _stop(monitor))
     except (RayError, ray.train.TrainingFailedError) as error:
         refused: BitdistillError | None = ray.get(monitor.refusal.remote())
+        if isinstance(error, ray.train.ControllerError) and room.waits:
+            refused = room.error()
         known = user_error(error) or full_disk(error, context.run.storage) or preempted(error, f"stages.{context.name}")
         raise refused or known or error from None
     ray.get(monitor.finish.remote())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import ray
@@ -20,7 +21,7 @@ ASK_TIMEOUT_S = 10.0
 
 
 class ProgressBar:
-    """Shows a Monitor's rows while the driver waits for the trainer."""
+    """Shows a Monitor's rows while the driver waits for the trainer, and what `look` finds to say meanwhile."""
 
     def __init__(
         self,
@@ -30,9 +31,10 @@ class ProgressBar:
         *,
         workers: int = 1,
         every_s: float = 1.0,
+        look: Callable[[], str | None] = lambda: None,
         stream: TextIO | None = None,
     ) -> None:
-        self.monitor, self.every_s = monitor, every_s
+        self.monitor, self.every_s, self.look = monitor, every_s, look
         stream = stream or sys.stderr
         self.screen: Screen = BarScreen(steps, title, stream) if stream.isatty() else LineScreen(steps, title)
         self.window = Window(workers=workers)
@@ -59,7 +61,10 @@ class ProgressBar:
                 )
             except GetTimeoutError:
                 continue  # a monitor that is busy writing; the rows come with the next look
+            waits = self.look()
             self.show(lines, rows)
+            if waits:
+                self.screen.say(waits)
         self.screen.close()
 
     def show(self, lines: list[str], rows: list[Row]) -> None:

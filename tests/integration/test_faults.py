@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitdistill_ray.errors import ConfigError, DataError, ModelError, StorageError, TeacherError
-from bitdistill_ray.stages import training
+from bitdistill_ray.errors import ConfigError, DataError, ModelError, ResourceError, StorageError, TeacherError
+from bitdistill_ray.stages import room, training
 from bitdistill_ray.storage import Storage
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import main, run
+from tests.integration.curves import overrides_of
 from tests.road import tiny_config, tiny_overrides
 from tests.tiny_models import save_tiny
 
@@ -91,6 +93,28 @@ def test_a_typo_is_one_line_with_the_nearest_key(tmp_path: Path, capsys: pytest.
     assert error.splitlines()[-1] == (
         "error: stages.distill.learnin_rate: unknown key (value 1). Did you mean 'stages.distill.learning_rate'?"
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("student.cpus=1000",), r"no room for 2 s: 1 x \(CPU 1000\) asked for, free: CPU [\d.]+ of"),
+        (("student.workers=40", "student.max_failures=0"), r"no room for 2 s: 40 x \(CPU 1\) asked for, free: CPU"),
+    ],
+    ids=["a task", "workers"],
+)
+def test_a_cluster_without_room_is_given_up_with_what_it_lacks(
+    victim: Path, asked: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks and student workers alike; meanwhile the wait is said aloud."""
+    monkeypatch.setattr(room, "SAY_EVERY_S", 0.5)
+    if asked == ("student.cpus=1000",):
+        shutil.rmtree(victim / "stages")
+    config = tiny_config(victim.parent, *overrides_of(victim.parent), *asked, "student.start_timeout_s=2",
+                         "stages.distill.batch_sequences=80", run=str(victim))  # fmt: skip
+    with pytest.raises(ResourceError, match=said):
+        run(config)
+    assert "waiting for room for" in "".join(capfd.readouterr())
 
 
 @pytest.fixture
