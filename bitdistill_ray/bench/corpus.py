@@ -15,7 +15,7 @@ from statistics import median
 
 from bitdistill_ray.data.dataset import read_here
 from bitdistill_ray.data.documents import Counts, Piece, read_documents
-from bitdistill_ray.data.encoder import Encoder, load_encoder
+from bitdistill_ray.data.encoder import Encoder
 from bitdistill_ray.data.ledger import Cursor
 from bitdistill_ray.data.runs import BATCH_DOCUMENTS
 from bitdistill_ray.data.sources import CorpusSpec
@@ -67,7 +67,7 @@ def documents_of(corpus: CorpusSpec) -> Iterator[str]:
 def speed(corpus: CorpusSpec) -> Speed:
     """The whole stream of a corpus, and its tokenizer alone on the same text, in turn on one core."""
     pin()
-    encoder = load_encoder(corpus.tokenizer)
+    encoder = corpus.encoder()
     texts = [text for unit in list_units(corpus) for text in _texts(read_documents(unit, corpus, Counts()))]
     sides: dict[str, Callable[[], int]] = {
         "stream": lambda: one_pass(corpus, encoder),
@@ -86,7 +86,7 @@ def speed(corpus: CorpusSpec) -> Speed:
 def peak_mib(corpus: CorpusSpec) -> float:
     """Resident memory of this process at its highest, MiB, after one pass of the stream."""
     pin()
-    one_pass(corpus, load_encoder(corpus.tokenizer))
+    one_pass(corpus, corpus.encoder())
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024

@@ -45,7 +45,7 @@ from bitdistill_ray.shape import read_shape
 from bitdistill_ray.stage_config import DistillStage, LossConfig, RelationConfig, SourceConfig
 from bitdistill_ray.student.flops import TERA, Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
-from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.job import Lesson, TrainJob
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.teacher.pool import TeacherPool
@@ -126,6 +126,7 @@ def job_of(
     config: Config, pool: TeacherPool, *, source: str | None, model_source: str | None, **actors: Any
 ) -> TrainJob:
     """A job whose student is published in the run at `source`, or loaded from `model_source`."""
+    actors["monitor"].teach.remote(Lesson(teachers=pool.roster))
     return TrainJob(
         config=config,
         stage_name=STAGE,
@@ -133,7 +134,6 @@ def job_of(
         loss=LossConfig(forward_kl=1.0),
         steps=1000,
         output="unused",
-        teachers=pool.roster,
         source=source,
         model_source=model_source,
         **actors,

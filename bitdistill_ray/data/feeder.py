@@ -22,7 +22,7 @@ from bitdistill_ray.data.batch import BatchArrays, share, stack
 from bitdistill_ray.data.blocks import Block, UnitTask
 from bitdistill_ray.data.dataset import RayReading, divide, free_cpus, read_here, read_on_ray
 from bitdistill_ray.data.documents import Counts
-from bitdistill_ray.data.encoder import Encoder, load_encoder
+from bitdistill_ray.data.encoder import Encoder
 from bitdistill_ray.data.ledger import Ledger, corpus_fingerprint
 from bitdistill_ray.data.mixture import Mixture, Part, parts_of
 from bitdistill_ray.data.prefetch import Prefetcher
@@ -83,7 +83,7 @@ class Feeder:
         """
         with self._lock:
             if self._mixture is None:
-                encoder = load_encoder(self.corpus.tokenizer, end_token=self.corpus.end_token)
+                encoder = self.corpus.encoder()
                 units = list_units(self.corpus)
                 fingerprint = corpus_fingerprint(self.corpus, units, encoder)
                 start = Ledger(corpus=fingerprint)

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from fractions import Fraction
 
+from bitdistill_ray.data.encoder import Encoder, load_encoder
 from bitdistill_ray.data.hub_id import HubId
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import PATIENCE_S, TIMEOUT_S, Storage
@@ -103,17 +104,17 @@ class Source:
 class CorpusSpec:
     """Everything that decides which sequences there are, and in which order.
 
-    tokenizer                a local folder or a Hugging Face id; a fast tokenizer
+    tokenizer                an Encoder, or what `load_encoder` makes one of: a local folder or a Hugging Face id
     sequence_length          tokens of a sequence (T)
     window                   sequences that are shuffled together
     max_document_characters  a longer document is tokenised in pieces of this size, so that none fills the memory
                            (tokenising costs a worker about 125 bytes per character of a piece)
     prompt_is_target         supervised pairs: whether the prompt's tokens are to be predicted too
-    end_token                what ends a document; empty: the tokenizer's eos token
+    end_token                what ends a document; empty: the tokenizer's eos token (an Encoder knows its own)
     """
 
     sources: tuple[Source, ...]
-    tokenizer: str
+    tokenizer: str | Encoder
     sequence_length: int
     seed: int = 0
     window: int = 1024
@@ -134,6 +135,12 @@ class CorpusSpec:
         if len({source.weight is None for source in self.sources}) > 1:
             raise ConfigError("data.sources", "some sources have a weight and some have none",
                               "Give each a `weight`, or none of them")  # fmt: skip
+
+    def encoder(self) -> Encoder:
+        """The tokenizer, loaded here unless it came along; raises what `load_encoder` raises."""
+        if isinstance(self.tokenizer, Encoder):
+            return self.tokenizer
+        return load_encoder(self.tokenizer, end_token=self.end_token)
 
     @property
     def is_weighted(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
@@ -13,7 +13,6 @@ from ray.exceptions import RayError
 
 from bitdistill_ray import env
 from bitdistill_ray.ray_errors import user_error
-from bitdistill_ray.sigterm import sigterm_calls
 from bitdistill_ray.stages.base import StageContext
 from bitdistill_ray.stages.notes import Notes, shown_notes
 from bitdistill_ray.stages.room import Room
@@ -61,10 +60,8 @@ def _with_threads(
     return function(context, notes)
 
 
-def interruptible(function: Callable[[], Result], *, on_sigterm: Callable[[], object]) -> Result:
+def begun(function: Callable[[], Result]) -> Future[Result]:
     """`function()` in a thread of its own, so that Ctrl-C stays a KeyboardInterrupt of this one.
-
-    The first SIGTERM meanwhile calls `on_sigterm()`, which should make `function` return soon.
 
     For `trainer.fit`, which on the main thread replaces the handler of SIGINT by one that ends the process with
     status 1 and no word.  The thread ends with the Ray that it waits for.
@@ -72,5 +69,4 @@ def interruptible(function: Callable[[], Result], *, on_sigterm: Callable[[], ob
     pool = ThreadPoolExecutor(1, "trainer")
     outcome = pool.submit(function)
     pool.shutdown(wait=False)
-    with sigterm_calls(on_sigterm):
-        return outcome.result()
+    return outcome

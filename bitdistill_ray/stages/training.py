@@ -4,38 +4,42 @@
     pretrain   the quantised student on the stream (cross-entropy, or KL from the teacher, or both)
     distill    the quantised student against the teacher pool
 
-The driver places the teachers, the feeder and the monitor, measures CAKLD's gamma, and hands everything to Ray Train.
+The driver starts the feeder and the monitor, and side by side Ray Train's students and the teachers; when these are
+there it measures CAKLD's gamma and hands the students what they wait for.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitdistill_ray import env
+from bitdistill_ray.data.encoder import load_encoder
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord
-from bitdistill_ray.sigterm import Terminated
+from bitdistill_ray.sigterm import Terminated, sigterm_calls
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.cluster import interruptible
+from bitdistill_ray.stages.cluster import begun
 from bitdistill_ray.stages.corpus import corpus_of
 from bitdistill_ray.stages.room import Room, placing
 from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
 from bitdistill_ray.student.entry import train_worker
-from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.job import Lesson, TrainJob
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.preemption import preempted
@@ -61,43 +65,52 @@ def train(context: StageContext) -> StageRecord:
     monitor = (
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
     )
-    feeder = start_feeder(corpus_of(context, tokenizer), sequences_per_step=options.batch_sequences)
-    pool = None
-    try:
-        if loss.needs_teacher:
+    feeder = start_feeder(corpus_of(context, load_encoder(tokenizer)), sequences_per_step=options.batch_sequences)
+    job = TrainJob(
+        config=config,
+        stage_name=context.name,
+        run=context.run,
+        loss=loss,
+        steps=steps(options, config.data.sequence_length),
+        source=None if finetunes else context.earlier("student"),
+        model_source=config.model.teacher if finetunes else None,
+        output=context.path(role),
+        feeder=feeder,
+        monitor=monitor,
+        relation_layer=loss.relation.layer if loss.relation else None,
+    )
+    with ExitStack() as stack:
+        stack.callback(ray.kill, feeder)
+        try:  # a corpus that cannot be read, a tracker that refuses: told before anything heavy starts
+            ready = [feeder.open.remote(), monitor.track.remote(config.monitor)]
+            ray.get(ready[0])
+            ray.get(ready[1], timeout=TRACKERS_START_S)
+        except RayError as error:
+            raise user_error(error) or error from None
+
+        def lesson() -> Lesson:
+            if not loss.needs_teacher:
+                return Lesson()
             pool = TeacherPool.open(context.teacher_source, config.teacher, config.storage, tokenizer=tokenizer)
-        gamma = _gamma(loss, pool, feeder, options)
-        job = TrainJob(
-            config=config,
-            stage_name=context.name,
-            run=context.run,
-            loss=loss,
-            steps=steps(options, config.data.sequence_length),
-            source=None if finetunes else context.earlier("student"),
-            model_source=config.model.teacher if finetunes else None,
-            output=context.path(role),
-            feeder=feeder,
-            monitor=monitor,
-            teachers=pool.roster if pool else (),
-            gamma=gamma,
-            relation_layer=loss.relation.layer if loss.relation else None,
-            teacher_identity=pool.identity if pool else None,
-        )
-        rows = _fit(job, monitor, context)
-    finally:
-        if pool:
-            pool.shutdown()
-        for actor in (feeder, monitor):
-            ray.kill(actor)
+            stack.callback(pool.shutdown)
+            return Lesson(teachers=pool.roster, identity=pool.identity, gamma=_gamma(loss, pool, feeder, options))
+
+        rows, gamma = _fit(job, context, lesson)
+    ray.kill(monitor)  # where something failed it stays until the last worker has heard of it
     facts = {"steps": job.steps, "first_loss": round(rows[0]["loss"], 4), "last_loss": round(rows[-1]["loss"], 4)}
     if gamma is not None:
         facts["gamma"] = round(gamma, 4)
     return context.record({role: context.path(role)}, **facts)
 
 
-def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, Any]]:
-    """Train to the end, restarting from checkpoints; returns the rows of `metrics.jsonl`."""
-    student, options = job.config.student, job.stage
+def _fit(
+    job: TrainJob, context: StageContext, lesson: Callable[[], Lesson]
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Train to the end, restarting from checkpoints; returns the rows of `metrics.jsonl`, and gamma.
+
+    `lesson()` starts the teachers, while Ray Train starts the students.
+    """
+    student, options, monitor = job.config.student, job.stage, job.monitor
     records = tempfile.TemporaryDirectory(prefix="ray-train-")  # Ray Train's own; the checkpoints are not there
     trainer = TorchTrainer(
         train_worker,
@@ -118,23 +131,43 @@ def _fit(job: TrainJob, monitor: Any, context: StageContext) -> list[dict[str, A
     env.give_room_in(math.ceil(student.start_timeout_s / (student.max_failures + 1)))  # of each attempt
     room = Room(student, student.workers)
     try:
-        ray.get(monitor.track.remote(job.config.monitor), timeout=TRACKERS_START_S)
         every_s = job.config.monitor.line_every_s
         with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s,
                                   look=lambda: room.line(waiting=placing())):  # fmt: skip
-            interruptible(trainer.fit, on_sigterm=lambda: _stop(monitor))
+            outcome = begun(trainer.fit)
+            taught = _teach(lesson, monitor)
+            with sigterm_calls(lambda: _stop(monitor)):
+                outcome.result()
     except (RayError, ray.train.TrainingFailedError) as error:
-        refused: BitdistillError | None = ray.get(monitor.refusal.remote())
+        refused = _refusal(monitor)
         if isinstance(error, ray.train.ControllerError) and room.waits:
             refused = room.error()
         known = user_error(error) or full_disk(error, context.run.storage) or preempted(error, f"stages.{context.name}")
         raise refused or known or error from None
+    if refused := _refusal(monitor):  # workers that find one end without a word
+        raise refused
     ray.get(monitor.finish.remote())
     if ray.get(monitor.is_stopping.remote()):
         raise Terminated
     rows: list[dict[str, Any]] = ray.get(monitor.own_rows.remote())
     forget(context.run.storage, context.name, best=options.keep_best)
-    return rows
+    return rows, taught.gamma
+
+
+def _teach(lesson: Callable[[], Lesson], monitor: Any) -> Lesson:
+    """Hand the students their lesson; where there is none they are told, and end by themselves."""
+    try:
+        taught = lesson()
+    except BitdistillError as error:
+        monitor.refuse.remote(error)
+        raise
+    monitor.teach.remote(taught)
+    return taught
+
+
+def _refusal(monitor: Any) -> BitdistillError | None:
+    found: BitdistillError | None = ray.get(monitor.refusal.remote())
+    return found
 
 
 def _stop(monitor: Any) -> None:
@@ -142,22 +175,24 @@ def _stop(monitor: Any) -> None:
     monitor.stop.remote()
 
 
-def _gamma(loss: LossConfig, pool: TeacherPool | None, feeder: Any, options: TrainStage) -> float | None:
+def _gamma(loss: LossConfig, pool: TeacherPool, feeder: Any, options: TrainStage) -> float | None:
     """CAKLD's scalar: given, or measured on the first sequences that the student will see."""
     mode = objective_of(loss).scalar_gamma
     if not isinstance(loss.gamma, str):
         return float(loss.gamma)
-    if mode is None or pool is None:
+    if mode is None:
         return None
     handles = pool.handles
     batches = [feeder.batch.remote(step) for step in range(-(-loss.gamma_sequences // options.batch_sequences))]
-    try:
-        estimates = ray.get([
-            handles[i % len(handles)].confidence.remote(batch, mode)
-            for i, batch in enumerate(batches)
-        ])  # fmt: skip
-    except RayError as error:
-        raise user_error(error) or error from None
+    asked = [handles[i % len(handles)].confidence.remote(batch, mode) for i, batch in enumerate(batches)]
+    estimates = []
+    for batch, answer in zip(batches, asked, strict=True):
+        try:
+            estimates.append(ray.get(answer))
+        except RayActorError:  # that teacher was lost
+            estimates.append(pool.roster.call("confidence", batch, mode, timeout_s=pool.config.timeout_s))
+        except RayError as error:
+            raise user_error(error) or error from None
     total = sum(estimates[1:], start=estimates[0])
     print(
         f"gamma = {total.value:.4f}: the teacher's mean {loss.gamma} probability over {total.tokens} tokens", flush=True

@@ -14,14 +14,16 @@ from bitdistill_ray.student.job import TrainJob
 
 
 def train_worker(settings: dict[str, TrainJob]) -> None:
-    """Train as `settings["job"]` says; what the user can mend is told to the monitor."""
+    """Train as `settings["job"]` says; what the user can mend is told to the monitor.
+
+    Where something was refused before, this returns, as if it had trained: raising would have Ray Train try again.
+    """
     from bitdistill_ray.student.preemption import PreemptedError
     from bitdistill_ray.student.worker import Worker
 
     job = settings["job"]
-    refusal: BitdistillError | None = ray.get(job.monitor.refusal.remote())
-    if refusal is not None:
-        raise refusal
+    if ray.get(job.monitor.refusal.remote()) is not None:
+        return
     try:
         Worker(job).run()
     except PreemptedError:
@@ -29,5 +31,5 @@ def train_worker(settings: dict[str, TrainJob]) -> None:
             raise
         # else the driver goes too, and no attempt is to follow
     except BitdistillError as error:
-        ray.get(job.monitor.refuse.remote(error))
-        raise
+        if ray.get(job.monitor.refuse.remote(error)):
+            raise

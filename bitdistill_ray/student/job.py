@@ -13,16 +13,28 @@ from bitdistill_ray.teacher.roster import Roster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What students can only be told when the teachers are there; through the monitor, since they start side by side.
+
+    teachers  the pool (or plain actor handles); empty where the loss needs none
+    identity  who the teachers are: the key of their cached answers
+    gamma     CAKLD's scalar
+    """
+
+    teachers: Roster | tuple[Any, ...] = ()
+    identity: ModelIdentity | None = None
+    gamma: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
     """One training stage of one run.
 
     source         the weights to start from: an artefact of the run (a student folder), or None: `model_source`
     model_source   a model to train as it is, without quantisation (the `finetune` stage)
     output         where the trained weights are published, relative to the run
-    teachers       the pool (or plain actor handles); empty where the loss needs none
-    gamma          CAKLD's scalar
+    monitor        keeps the rows, and has the Lesson
     relation_layer the teacher's layer that relations are taken from
-    teacher_identity who the teachers are: the key of their cached answers
     """
 
     config: Config
@@ -35,10 +47,7 @@ class TrainJob:
     output: str
     feeder: Any
     monitor: Any
-    teachers: Roster | tuple[Any, ...] = ()
-    gamma: float | None = None
     relation_layer: int | None = None
-    teacher_identity: ModelIdentity | None = None
 
     @property
     def stage(self) -> TrainStage:

@@ -15,6 +15,7 @@ from typing import Any
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.storage import Storage
+from bitdistill_ray.student.job import Lesson
 from bitdistill_ray.tracking.base import Tracker
 from bitdistill_ray.tracking.start import start_trackers
 
@@ -31,6 +32,7 @@ class Monitor:
         self.rows: list[Row] = [json.loads(line) for line in lines]
         self.flushed_at = 0.0
         self.refused: BitdistillError | None = None
+        self.given: Lesson | None = None
         self.stopping = False
         self.said: list[str] = []
         self.trackers: list[Tracker] = []
@@ -96,9 +98,25 @@ class Monitor:
                 self.trackers.remove(tracker)
                 self.say(f"{tracker.name} failed ({error}): it is told nothing more of this stage")
 
-    def refuse(self, error: BitdistillError) -> None:
-        """Remember an error that a restart cannot mend; the next attempt stops at once."""
-        self.refused = error
+    def teach(self, lesson: Lesson) -> None:
+        """The teachers are there."""
+        self.given = lesson
+
+    def lesson(self) -> Lesson | None:
+        """What the students are told, None until the teachers are there.
+
+        Raises:
+            BitdistillError: they will not come.
+        """
+        if self.refused is not None:
+            raise self.refused
+        return self.given
+
+    def refuse(self, error: BitdistillError) -> bool:
+        """Remember an error that a restart cannot mend; whether it is the first."""
+        first = self.refused is None
+        self.refused = self.refused or error
+        return first
 
     def refusal(self) -> BitdistillError | None:
         """The error that `refuse` was given."""

@@ -17,6 +17,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayError
 from torch import Tensor
 
 from bitdistill_ray import env
@@ -30,12 +31,13 @@ from bitdistill_ray.model.acceleration import accelerate
 from bitdistill_ray.model.heads import FrozenHead
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import load_student, save_student
+from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student.checkpoint import Checkpoints, Position
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Answers, Inbox, Share
-from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.job import Lesson, TrainJob
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
 from bitdistill_ray.student.preemption import Notice, PreemptedError
@@ -46,6 +48,7 @@ from bitdistill_ray.teacher.client import TeacherClient
 from bitdistill_ray.teacher.request import SignalRequest
 from bitdistill_ray.teacher.roster import Roster
 
+ASK_EVERY_S = 0.2  # for the lesson
 LISTENING_S = 10.0  # before the first step, for the handler of SIGTERM to be in place
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
@@ -70,6 +73,7 @@ class Worker:
         self.model.train()
         length = job.config.data.sequence_length
         self.arithmetic = Arithmetic.of(self.model, length=length, device=self.device, workers=self.ranks)
+        self.lesson = self._lesson()
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
         self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
@@ -229,6 +233,17 @@ class Worker:
             return load_model(str(self.job.model_source), dtype=self.dtype, storage=opener)
         return load_student(self.job.run.fetch(self.job.source), dtype=self.dtype)
 
+    def _lesson(self) -> Lesson:
+        """Wait for the teachers, which the driver starts meanwhile and gives up after `teacher.timeout_s`."""
+        while True:
+            try:
+                lesson: Lesson | None = ray.get(self.job.monitor.lesson.remote())
+            except RayError as error:
+                raise user_error(error) or error from None
+            if lesson is not None:
+                return lesson
+            time.sleep(ASK_EVERY_S)
+
     def _client(self) -> Answers | None:
         if not self.job.loss.needs_teacher:
             return None
@@ -240,25 +255,25 @@ class Worker:
             attention_layer=self.job.relation_layer,
         )
         client = TeacherClient(
-            self.job.teachers,
+            self.lesson.teachers,
             request,
             timeout_s=teacher.timeout_s,
             attempts=teacher.attempts,
             first=self.rank,
             say=self._say,
         )
-        if not teacher.cache.folder or self.job.teacher_identity is None:
+        if not teacher.cache.folder or self.lesson.identity is None:
             return client
-        return open_cache(client, teacher, self.job.config.storage, self.job.teacher_identity, say=self._say)
+        return open_cache(client, teacher, self.job.config.storage, self.lesson.identity, say=self._say)
 
     def _module(self) -> LossModule:
         teacher_head, layer = None, None
         if self.client is not None and self.job.config.teacher.payload is Payload.HIDDEN:
-            message = Roster.of(self.job.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
+            message = Roster.of(self.lesson.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
             names = {name.removesuffix(":bf16") for name in message}
             teacher_head = FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
         if self.job.relation_layer is not None:
-            teacher_layers = Roster.of(self.job.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
+            teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
             layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
         tapped = () if layer is None else (layer,)
         self.speed = accelerate(self.model, self.device, zero=self.job.config.student.zero, tapped=tapped)
@@ -267,7 +282,7 @@ class Worker:
             objective_of(self.job.loss),
             chunk_tokens=self.job.config.student.chunk_tokens,
             teacher_head=teacher_head,
-            gamma=self.job.gamma,
+            gamma=self.lesson.gamma,
             relation_layer=layer,
         )
 

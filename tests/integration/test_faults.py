@@ -117,6 +117,14 @@ def test_a_cluster_without_room_is_given_up_with_what_it_lacks(
     assert "waiting for room for" in "".join(capfd.readouterr())
 
 
+def test_teachers_that_find_no_room_end_the_students_that_wait_for_them(victim: Path) -> None:
+    config = tiny_config(victim.parent, *overrides_of(victim.parent), "teacher.cpus=1000", "teacher.timeout_s=3",
+                         run=str(victim))  # fmt: skip
+    with pytest.raises(TeacherError, match="did not start in 3 s"):
+        run(config)
+    assert not Storage(victim).exists("stages/distill/done.json")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 24 MiB."""

@@ -28,7 +28,7 @@ from bitdistill_ray.model.student import load_student
 from bitdistill_ray.runs import RunFolder
 from bitdistill_ray.stages import STAGES, StageContext
 from bitdistill_ray.stages.corpus import corpus_of
-from bitdistill_ray.student.job import TrainJob
+from bitdistill_ray.student.job import Lesson, TrainJob
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.monitor import Monitor
 from bitdistill_ray.student.objective import objective_of
@@ -114,7 +114,8 @@ def test_remote_teacher_gives_the_same_gradients(refined: Path, tmp_path: Path, 
     feeder = start_feeder(corpus_of(context, str(context.fetch("student"))), sequences_per_step=8)
     job = TrainJob(config=settings, stage_name="distill", run=run, loss=stage.loss, steps=1,  # type: ignore[union-attr]
                    source=context.earlier("student"), model_source=None, output=f"probe-{zero}", feeder=feeder,
-                   monitor=monitor, teachers=pool.handles, gamma=0.3, relation_layer=RELATION_LAYER)  # fmt: skip
+                   monitor=monitor, relation_layer=RELATION_LAYER)  # fmt: skip
+    monitor.teach.remote(Lesson(teachers=pool.handles, gamma=0.3))
     file = tmp_path / "gradients.safetensors"
     try:
         TorchTrainer(
