@@ -30,6 +30,7 @@ TINY = (
     "stages.distill.checkpoint_every=2",
     "stages.evaluate.context=32",
     "stages.evaluate.max_tokens=256",
+    "monitor.tensorboard=false",  # a library to import for every run; `test_monitoring.py` writes its files
 )
 
 

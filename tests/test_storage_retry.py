@@ -24,7 +24,14 @@ def storage_behind(proxy: FaultProxy, bucket: str, *, patience_s: float = 60) ->
     return Storage(f"{bucket}/run", endpoint_url=proxy.url, patience_s=patience_s, timeout_s=1)
 
 
-@pytest.mark.parametrize("kinds", [("503",), ("silence",), ("hang up",), ("503", "silence", "hang up")], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        *(pytest.param((kind,), marks=pytest.mark.soak) for kind in ("503", "silence", "hang up")),
+        ("503", "silence", "hang up"),
+    ],
+    ids="+".join,
+)
 def test_a_store_that_fails_for_some_seconds_and_then_is_well(
     proxy: FaultProxy, s3_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], kinds: tuple[Fault, ...]
 ) -> None:

@@ -61,16 +61,15 @@ def total(rows: list[Row], name: str) -> float:
     return sum(row[name] for row in rows)
 
 
-def test_a_second_run_asks_no_teacher_and_a_damaged_block_is_made_again(
+def test_damaged_blocks_are_made_again_and_the_whole_one_is_read(
     tmp_path: Path, train: Train, live: list[Row], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lossless: without a cache, filling one, reading it, and reading it damaged give the same bits."""
+    """Lossless: without a cache, filling one, and reading it where it is not damaged give the same bits."""
     cached = (f"teacher.cache.folder={tmp_path}", "teacher.cache.block_sequences=8")
-    first, second = train("first", *cached), train("second", *cached)
-    assert facts(live) == facts(first) == facts(second)
+    first = train("first", *cached)
+    assert facts(live) == facts(first)
     assert total(first, "teacher_bytes") == total(live, "teacher_bytes") > 0
-    assert total(first, "cache_misses") == total(second, "cache_hits") == SEQUENCES
-    assert total(second, "teacher_bytes") == total(second, "cache_misses") == total(second, "retries") == 0
+    assert total(first, "cache_misses") == SEQUENCES
 
     blocks = sorted(tmp_path.rglob(f"*{BLOCK}"))
     assert len(blocks) == SEQUENCES // 8
@@ -80,22 +79,22 @@ def test_a_second_run_asks_no_teacher_and_a_damaged_block_is_made_again(
     blocks[0].write_bytes(flipped)
     blocks[1].write_bytes(written[1][:-100])
     capsys.readouterr()
-    third = train("third", *cached)
+    second = train("second", *cached)
     said = capsys.readouterr().out
     assert f"{blocks[0]} fails its checksum; removed, the teacher is asked again about its 8 sequences" in said
     assert f"{blocks[1]} has " in said
-    assert facts(third) == facts(live)
-    assert total(third, "cache_misses") == 16
+    assert facts(second) == facts(live)
+    assert (total(second, "cache_misses"), total(second, "cache_hits")) == (16, 8)
     assert [block.read_bytes() for block in blocks] == written
 
 
-def test_a_compact_cache_in_object_storage_serves_a_run_with_nearly_the_live_losses(
+def test_a_second_run_asks_no_teacher_and_a_compact_cache_in_object_storage_has_nearly_the_live_losses(
     train: Train, live: list[Row], s3_bucket: str, s3_endpoint: str
 ) -> None:
     cached = (f"teacher.cache={{folder: {s3_bucket}/cache, coding: compact}}", f"storage.endpoint_url={s3_endpoint}")
     first, second = train("compact-first", *cached), train("compact-second", *cached)
     assert facts(first) == facts(second)
-    assert total(second, "teacher_bytes") == total(second, "cache_misses") == 0
+    assert total(second, "teacher_bytes") == total(second, "cache_misses") == total(second, "retries") == 0
     assert total(second, "cache_hits") == SEQUENCES
     assert [row["loss"] for row in second] == pytest.approx(
         [row["loss"] for row in live],

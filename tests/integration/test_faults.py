@@ -1,18 +1,14 @@
 """What goes wrong in a run gets one clear line, and the last good checkpoint stays.
 
-Each fault is the real one: a bucket that is not there, a disk that is full, a worker that is killed, an interrupt.
+Each fault is the real one: a bucket that is not there, a disk that is full, a cluster without room.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -172,26 +168,6 @@ sys.exit(1)
 """
 
 
-def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(tmp_path: Path, corpus: Path) -> None:
-    """A real SIGINT to a real command in its training stage; then the command again, to the end."""
-    overrides = tiny_overrides(tmp_path, f"data={corpus}", *TRAIN_ONLY, "stages.distill.tokens=6400")
-    command = [sys.executable, "-m", "bitdistill_ray.train", "demo", *overrides]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
-    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, output
-    assert "interrupted; the same command continues the run" in output
-    assert not re.search(r"Traceback", output.split("interrupted")[-1])
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
-    assert again.returncode == 0, again.stderr
-    assert "[refine] finished before, skipped" in again.stdout
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == list(range(50))
-
-
 def nan_loss(settings: dict[str, TrainJob]) -> None:
     """A worker whose model gives no finite loss."""
     worker = Worker(settings["job"])
@@ -209,7 +185,10 @@ def infinite_gradient(settings: dict[str, TrainJob]) -> None:
 
 @pytest.mark.parametrize(
     ("broken", "said"),
-    [(nan_loss, "the loss of step 0 is nan"), (infinite_gradient, "the gradient norm of step 0 is inf")],
+    [
+        pytest.param(nan_loss, "the loss of step 0 is nan", marks=pytest.mark.soak),
+        (infinite_gradient, "the gradient norm of step 0 is inf"),
+    ],
 )
 def test_storage_is_left_alone_by_a_stage_that_fails(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, broken: Callable[..., None], said: str

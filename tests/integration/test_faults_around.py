@@ -1,4 +1,4 @@
-"""Training goes on when what is around the students fails: the teachers, the store, the driver.
+"""Training goes on when what is around the students fails: the teachers, the store.
 
 Each fault is the real one, and sets in at a given step of the run; the rows are those of a run left alone, bit for bit.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +20,8 @@ from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
 from tests.fault_proxy import fault_proxy
-from tests.integration.curves import STEPS, TEXT, overrides_of, rows_of, same_rows
-from tests.road import tiny_config, tiny_overrides
+from tests.integration.curves import TEXT, overrides_of, rows_of, same_rows
+from tests.road import tiny_config
 from tests.teacher.pools import process_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -116,46 +113,3 @@ def test_a_store_that_is_away_for_20_seconds_leaves_the_same_rows(
             "student.max_failures=0", "monitor.report=false", run=f"{s3_bucket}/run"))  # fmt: skip
         assert proxy.has_failed(*needed), proxy.failed
         same_rows(storage.child("run"), alone)
-
-
-def tells_the_driver(settings: dict[str, TrainJob]) -> None:
-    """In its fifth step the driver gets SIGTERM."""
-    worker = Worker(settings["job"])
-
-    def tell() -> None:
-        os.kill(int((Path(worker.job.run.storage.url) / "driver").read_text()), signal.SIGTERM)
-        while not ray.get(worker.job.monitor.is_stopping.remote()):
-            time.sleep(0.05)
-
-    disturbed(worker, {4 * MICROS: tell})
-
-
-DRIVER = """
-import os, pathlib, sys
-from bitdistill_ray.stages import training
-from bitdistill_ray.train import main
-from tests.integration.test_faults_around import tells_the_driver
-pathlib.Path(sys.argv[1], "driver").write_text(str(os.getpid()))
-training.train_worker = tells_the_driver
-sys.exit(main(["demo", *sys.argv[2:]]))
-"""
-
-
-def test_sigterm_to_the_driver_saves_and_the_same_command_goes_on_with_the_same_rows(
-    alone: Path, victim: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A job of its own on this cluster, told to stop; checkpoints are far apart, so the one there is SIGTERM's."""
-    overrides = (*overrides_of(alone.parent), "stages.distill.checkpoint_every=100")
-    arguments = tiny_overrides(alone.parent, *overrides, run=str(victim))
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.run([sys.executable, "-c", DRIVER, str(victim), *arguments], capture_output=True, text=True,
-                             env=environment, timeout=300)  # fmt: skip
-    said = process.stdout + process.stderr
-    assert process.returncode == 143, said
-    saved = re.search(r"told to stop \(SIGTERM\): saved step ([567])\n", process.stdout)
-    assert saved, said
-    assert process.stderr.splitlines()[-1] == "told to stop (SIGTERM); the same command continues the run"
-    assert "Traceback" not in said
-    run(tiny_config(alone.parent, *overrides, run=str(victim)))
-    assert f"resumes at step {saved[1]} of {STEPS}" in capsys.readouterr().out
-    same_rows(victim, alone)

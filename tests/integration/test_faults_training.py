@@ -1,6 +1,6 @@
 """Training goes on after what kills a part of it, and its rows are those of a run that was left alone, bit for bit.
 
-Each fault is the real one: SIGKILL to a worker and to the driver, SIGTERM to a worker.  All runs share one refined
+Each fault is the real one: SIGKILL and SIGTERM to a worker.  All runs share one refined
 student and are compared with one uninterrupted run.
 """
 
@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,7 @@ from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
 from tests.integration.curves import SEQUENCES, STEPS, overrides_of, rows_of, same_rows
-from tests.road import tiny_config, tiny_overrides
+from tests.road import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
@@ -90,20 +87,3 @@ def test_another_number_of_workers_goes_on_with_the_same_sequences(
         assert {k: found[k] for k in SEQUENCES} == {k: wanted[k] for k in SEQUENCES}
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
-
-
-def test_a_killed_driver_resubmitted_has_the_same_rows(alone: Path, victim: Path) -> None:
-    """SIGKILL to the command after its first checkpoint; its Ray goes with it; the same command is given again."""
-    overrides = tiny_overrides(alone.parent, *overrides_of(alone.parent), run=str(victim))
-    command = [sys.executable, "-m", "bitdistill_ray.train", "demo", *overrides]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with (alone.parent / "driver.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        record, deadline = victim / "checkpoints/distill/latest.json", time.monotonic() + 240
-        while not record.exists() and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert record.exists(), (alone.parent / "driver.log").read_text()[-2000:]
-    finish(victim)
-    same_rows(victim, alone)

@@ -102,7 +102,7 @@ def detached(signals: TeacherSignals) -> TeacherSignals:
     return signals
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_remote_teacher_gives_the_same_gradients(refined: Path, tmp_path: Path, zero: int) -> None:
     settings = config(refined, zero=zero)
     run = RunFolder(settings)

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from bitdistill_ray.packed.model import load_packed_model
 from bitdistill_ray.storage import Storage
 from tests.cluster.ray_head import ray_head
 from tests.road import tiny_overrides
@@ -27,6 +29,8 @@ def test_a_submitted_job_distils_from_s3(tmp_path: Path, s3_bucket: str, s3_endp
         "stages.write=false",
         "stages.clip=false",
         "stages.distill.tokens=256",
+        "stages.distill.checkpoint_every=1",
+        "quant.format=int2",
         "stages.evaluate.written=false",
         run=f"{s3_bucket}/run",
     )
@@ -40,4 +44,6 @@ def test_a_submitted_job_distils_from_s3(tmp_path: Path, s3_bucket: str, s3_endp
         assert "Did you mean 'quant.group_size'?" in mistake.stdout
     summary = json.loads(bucket.read_bytes("run/summary.json"))
     assert summary["stages"]["distill"]["steps"] == 2
-    assert bucket.is_complete("run/stages/export/packed")
+    bucket.download_folder("run/stages/export/packed", tmp_path / "packed", complete=True)
+    model, _ = load_packed_model(tmp_path / "packed")
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()

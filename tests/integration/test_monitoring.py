@@ -29,7 +29,7 @@ def trained(root: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.soak), 3])
 def test_a_measured_run_has_the_losses_of_one_that_is_not(tmp_path: Path, zero: int) -> None:
     measured = trained(tmp_path, "measured", f"student.zero={zero}", "monitor.codes_every=2",
-                       "monitor.gradients_every=3")  # fmt: skip
+                       "monitor.gradients_every=3", "monitor.tensorboard=true")  # fmt: skip
     plain = trained(tmp_path, "plain", f"student.zero={zero}", "monitor.codes_every=0")
     same = ("step", "loss", "ce", "cakld", "grad_norm", "learning_rate", "tokens")
     assert [[row[key] for key in same] for row in measured] == [[row[key] for key in same] for row in plain]

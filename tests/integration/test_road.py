@@ -1,4 +1,4 @@
-"""The whole road at a tiny size: local and in object storage, interrupted and continued, packed and the same."""
+"""The whole road at a tiny size, packed and the same (`test_job.py`: in object storage)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.model import load_packed_model
 from bitdistill_ray.packed.weight import unpack
 from bitdistill_ray.quant import quantize
-from bitdistill_ray.storage import Storage
 from bitdistill_ray.train import run
 from tests.road import tiny_config
 from tests.tiny_models import save_tiny
@@ -85,39 +84,15 @@ def test_a_changed_recipe_is_refused_by_key(finished: Path) -> None:
         run(tiny_config(finished, "stages.write.temperature=0.9"))
 
 
-def test_data_and_run_in_object_storage(tmp_path: Path, s3_bucket: str, s3_endpoint: str) -> None:
-    """The corpus streams from a real S3 protocol endpoint and the run is kept there; no local path is shared."""
-    bucket = Storage(s3_bucket, endpoint_url=s3_endpoint)
-    lines = [json.dumps({"text": f"the cat number {i} sat on the mat and looked at the rain"}) for i in range(200)]
-    bucket.write_bytes("corpus/part-0.jsonl", "\n".join(lines).encode())
-    config = tiny_config(
-        tmp_path,
-        f"data={s3_bucket}/corpus",
-        f"storage.endpoint_url={s3_endpoint}",
-        "stages.write=false",
-        "stages.distill.tokens=256",
-        "stages.distill.checkpoint_every=1",
-        "quant.format=int2",
-        run=f"{s3_bucket}/runs/one",
-    )
-    run(config)
-    names = bucket.list("runs/one")
-    assert "runs/one/summary.json" in names
-    assert "runs/one/stages/export/packed/model.safetensors" in names
-    bucket.download_folder("runs/one/stages/export/packed", tmp_path / "packed", complete=True)
-    model, _ = load_packed_model(tmp_path / "packed")
-    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
-
-
 LARGER = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
 @pytest.mark.parametrize(("case", "larger"), [("qwen3", LARGER), ("gemma3", None)], ids=["qwen3-larger", "gemma3"])
 def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger: dict[str, int] | None) -> None:
-    """BitNet Distillation's three stages on other families: SubLN, continued training, LD and AD.
+    """BitNet Distillation on other families: SubLN, continued training, LD and AD.
 
-    One student learns from a wider and deeper teacher (layers mapped by depth, heads by `relation.heads`), the other
-    from its own model, whose logits are soft-capped.
+    One student takes all of the road and learns from a wider and deeper teacher (layers mapped by depth, heads by
+    `relation.heads`), the other only distils, from its own model, whose logits are soft-capped.
     """
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the cat sat on the mat and looked at the rain\n" * 80)
@@ -136,11 +111,11 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger
             "student": {"micro_batch": 2, "threads": 1, "zero": 2},
             "teacher": {"threads": 1},
             "stages": {
-                "finetune": train,
+                "finetune": train if larger else False,
                 "refine": {"subln": "all"},
                 "awq": {"steps": 4},
                 "gptq": {"quantised_inputs": True},
-                "pretrain": {**train, "loss": {"forward_kl": 1}},
+                "pretrain": {**train, "loss": {"forward_kl": 1}} if larger else False,
                 "distill": {**train, "loss": task_loss},
                 "export": {},
                 "evaluate": {"context": 32, "max_tokens": 128},
