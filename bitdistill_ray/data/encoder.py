@@ -54,6 +54,30 @@ class Encoder:
         return hashlib.sha256(f"{self.end_id}\n{self.definition}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class SentEncoder:
+    """An Encoder in Ray's object store; whoever sent it holds on to it for as long as it may be fetched.
+
+    An actor that Ray may start again must not be given as much as a tokenizer's definition when it is made.
+    """
+
+    ref: Any
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> SentEncoder:
+        """Put it there."""
+        import ray
+
+        return cls(ray.put(encoder))
+
+    def fetch(self) -> Encoder:
+        """Get it, on any node."""
+        import ray
+
+        encoder: Encoder = ray.get(self.ref)
+        return encoder
+
+
 def load_encoder(tokenizer: str, *, end_token: str | None = None) -> Encoder:
     """Load a fast tokenizer from a local folder or the Hugging Face hub.
 

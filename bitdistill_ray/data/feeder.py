@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -84,6 +84,7 @@ class Feeder:
         with self._lock:
             if self._mixture is None:
                 encoder = self.corpus.encoder()
+                self.corpus = replace(self.corpus, tokenizer=encoder)  # the readers get this one
                 units = list_units(self.corpus)
                 fingerprint = corpus_fingerprint(self.corpus, units, encoder)
                 start = Ledger(corpus=fingerprint)

@@ -13,7 +13,7 @@ import ray
 from bitdistill_ray.data import dataset
 from bitdistill_ray.data.blocks import Block
 from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray
-from bitdistill_ray.data.encoder import Encoder
+from bitdistill_ray.data.encoder import Encoder, SentEncoder
 from bitdistill_ray.data.feeder import Feeder, start_feeder
 from bitdistill_ray.data.ledger import Cursor
 from bitdistill_ray.data.sources import CorpusSpec, Source
@@ -56,7 +56,8 @@ def test_ray_data_gives_the_rows_of_one_process_in_their_order(
 
 def test_a_feeder_that_is_killed_answers_as_if_it_had_not_been(corpus: CorpusSpec) -> None:
     expected = Feeder(corpus, sequences_per_step=PER_STEP)
-    actor = start_feeder(corpus, sequences_per_step=PER_STEP, reading=ON_RAY)
+    sent = replace(corpus, tokenizer=SentEncoder.of(corpus.encoder()))  # as a training stage sends it
+    actor = start_feeder(sent, sequences_per_step=PER_STEP, reading=ON_RAY)
     for step in range(6):
         parts = [ray.get(actor.batch.remote(step, rank=rank, ranks=2)) for rank in range(2)]
         wanted = expected.batch(step)
