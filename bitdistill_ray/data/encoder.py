@@ -1,13 +1,14 @@
 """Text to token ids, the same in every worker.
 
-The driver loads the tokenizer once and ships its definition (the content of `tokenizer.json`); the feeder and its
-workers rebuild it from that, so that they need neither the tokenizer's folder nor a network nor torch (four seconds of
+The driver loads the tokenizer once and stores its definition (the content of `tokenizer.json`); the feeder and its
+readers rebuild it from that, so that they need neither the tokenizer's folder nor a network nor torch (four seconds of
 a CPU), and cannot hold another version of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.storage import Storage
 
 
 @lru_cache(maxsize=4)
@@ -55,27 +57,24 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class SentEncoder:
-    """An Encoder in Ray's object store; whoever sent it holds on to it for as long as it may be fetched.
+class StoredEncoder:
+    """An Encoder in a file of a run, for any node to fetch.
 
-    An actor that Ray may start again must not be given as much as a tokenizer's definition when it is made.
+    Not an argument of the feeder's: Ray promises no restart to an actor that was given more than some kilobytes.
     """
 
-    ref: Any
+    storage: Storage
+    path: str
 
     @classmethod
-    def of(cls, encoder: Encoder) -> SentEncoder:
-        """Put it there."""
-        import ray
-
-        return cls(ray.put(encoder))
+    def of(cls, encoder: Encoder, storage: Storage, path: str) -> StoredEncoder:
+        """Write the file."""
+        storage.write_bytes(path, json.dumps({"end_id": encoder.end_id, "definition": encoder.definition}).encode())
+        return cls(storage, path)
 
     def fetch(self) -> Encoder:
-        """Get it, on any node."""
-        import ray
-
-        encoder: Encoder = ray.get(self.ref)
-        return encoder
+        """Read it."""
+        return Encoder(**json.loads(self.storage.read_bytes(self.path)))
 
 
 def load_encoder(tokenizer: str, *, end_token: str | None = None) -> Encoder:

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-from bitdistill_ray.data.encoder import Encoder, SentEncoder, load_encoder
+from bitdistill_ray.data.encoder import Encoder, StoredEncoder, load_encoder
 from bitdistill_ray.data.hub_id import HubId
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import PATIENCE_S, TIMEOUT_S, Storage
@@ -104,7 +104,7 @@ class Source:
 class CorpusSpec:
     """Everything that decides which sequences there are, and in which order.
 
-    tokenizer                an Encoder, here or sent, or what `load_encoder` makes one of: a folder, a hub id
+    tokenizer                an Encoder, here or stored, or what `load_encoder` makes one of: a folder, a hub id
     sequence_length          tokens of a sequence (T)
     window                   sequences that are shuffled together
     max_document_characters  a longer document is tokenised in pieces of this size, so that none fills the memory
@@ -114,7 +114,7 @@ class CorpusSpec:
     """
 
     sources: tuple[Source, ...]
-    tokenizer: str | Encoder | SentEncoder
+    tokenizer: str | Encoder | StoredEncoder
     sequence_length: int
     seed: int = 0
     window: int = 1024
@@ -138,7 +138,7 @@ class CorpusSpec:
 
     def encoder(self) -> Encoder:
         """The tokenizer, loaded here unless it came along; raises what `load_encoder` raises."""
-        if isinstance(self.tokenizer, SentEncoder):
+        if isinstance(self.tokenizer, StoredEncoder):
             return self.tokenizer.fetch()
         if isinstance(self.tokenizer, Encoder):
             return self.tokenizer

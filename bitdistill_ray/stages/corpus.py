@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.data.batch import token_batch
-from bitdistill_ray.data.encoder import SentEncoder
+from bitdistill_ray.data.encoder import StoredEncoder
 from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.errors import ConfigError
@@ -14,7 +14,7 @@ from bitdistill_ray.stages.base import StageContext
 WRITTEN = "written"
 
 
-def corpus_of(context: StageContext, tokenizer: str | SentEncoder) -> CorpusSpec:
+def corpus_of(context: StageContext, tokenizer: str | StoredEncoder) -> CorpusSpec:
     """The corpus of this stage.
 
     Raises:

@@ -24,7 +24,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitdistill_ray import env
-from bitdistill_ray.data.encoder import SentEncoder, load_encoder
+from bitdistill_ray.data.encoder import StoredEncoder, load_encoder
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.plan import steps
@@ -65,7 +65,8 @@ def train(context: StageContext) -> StageRecord:
     monitor = (
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
     )
-    corpus = corpus_of(context, SentEncoder.of(load_encoder(tokenizer)))
+    encoder = StoredEncoder.of(load_encoder(tokenizer), context.run.storage, context.path("encoder.json"))
+    corpus = corpus_of(context, encoder)
     feeder = start_feeder(corpus, sequences_per_step=options.batch_sequences)
     job = TrainJob(
         config=config,

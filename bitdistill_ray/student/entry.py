@@ -7,6 +7,8 @@ of a CPU, which every start of a run would wait for twice).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import ray
 
 from bitdistill_ray.errors import BitdistillError
@@ -14,22 +16,31 @@ from bitdistill_ray.student.job import TrainJob
 
 
 def train_worker(settings: dict[str, TrainJob]) -> None:
-    """Train as `settings["job"]` says; what the user can mend is told to the monitor.
+    """Train as `settings["job"]` says."""
+    attempt(settings["job"], _train)
 
-    Where something was refused before, this returns, as if it had trained: raising would have Ray Train try again.
+
+def attempt(job: TrainJob, train: Callable[[TrainJob], None]) -> None:
+    """`train(job)`, once; what the user can mend is told to the monitor.
+
+    Where something was refused before, and where the driver was told to go, this returns as if it had trained: raising
+    would have Ray Train try again.
     """
     from bitdistill_ray.student.preemption import PreemptedError
-    from bitdistill_ray.student.worker import Worker
 
-    job = settings["job"]
     if ray.get(job.monitor.refusal.remote()) is not None:
         return
     try:
-        Worker(job).run()
+        train(job)
     except PreemptedError:
         if not ray.get(job.monitor.is_stopping.remote()):
             raise
-        # else the driver goes too, and no attempt is to follow
     except BitdistillError as error:
         if ray.get(job.monitor.refuse.remote(error)):
             raise
+
+
+def _train(job: TrainJob) -> None:
+    from bitdistill_ray.student.worker import Worker
+
+    Worker(job).run()

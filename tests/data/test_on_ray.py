@@ -13,7 +13,7 @@ import ray
 from bitdistill_ray.data import dataset
 from bitdistill_ray.data.blocks import Block
 from bitdistill_ray.data.dataset import RayReading, read_here, read_on_ray
-from bitdistill_ray.data.encoder import Encoder, SentEncoder
+from bitdistill_ray.data.encoder import Encoder, StoredEncoder
 from bitdistill_ray.data.feeder import Feeder, start_feeder
 from bitdistill_ray.data.ledger import Cursor
 from bitdistill_ray.data.sources import CorpusSpec, Source
@@ -21,6 +21,7 @@ from bitdistill_ray.data.stream import Stream
 from bitdistill_ray.data.units import list_units
 from bitdistill_ray.errors import DataError, StorageError
 from bitdistill_ray.ray_errors import user_error
+from bitdistill_ray.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -54,10 +55,10 @@ def test_ray_data_gives_the_rows_of_one_process_in_their_order(
         np.testing.assert_array_equal(array, there[name], err_msg=name)
 
 
-def test_a_feeder_that_is_killed_answers_as_if_it_had_not_been(corpus: CorpusSpec) -> None:
+def test_a_feeder_that_is_killed_answers_as_if_it_had_not_been(corpus: CorpusSpec, tmp_path: Path) -> None:
     expected = Feeder(corpus, sequences_per_step=PER_STEP)
-    sent = replace(corpus, tokenizer=SentEncoder.of(corpus.encoder()))  # as a training stage sends it
-    actor = start_feeder(sent, sequences_per_step=PER_STEP, reading=ON_RAY)
+    encoder = StoredEncoder.of(corpus.encoder(), Storage(tmp_path), "encoder.json")  # as a training stage does
+    actor = start_feeder(replace(corpus, tokenizer=encoder), sequences_per_step=PER_STEP, reading=ON_RAY)
     for step in range(6):
         parts = [ray.get(actor.batch.remote(step, rank=rank, ranks=2)) for rank in range(2)]
         wanted = expected.batch(step)

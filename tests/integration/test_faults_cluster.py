@@ -150,6 +150,7 @@ sys.exit(main(["demo", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.soak
 def test_a_full_object_store_that_cannot_spill_is_named_and_with_room_for_one_answer_the_rows_are_the_same(
     large: Path, victim: Path, ray_folder: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from bitdistill_ray.report.axis import figure
 from bitdistill_ray.train import run
+from tests.integration.curves import overrides_of, rows_of, same_rows
 from tests.road import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -26,8 +27,22 @@ def trained(root: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.soak), 3])
-def test_a_measured_run_has_the_losses_of_one_that_is_not(tmp_path: Path, zero: int) -> None:
+def test_a_measured_run_has_the_rows_of_one_that_is_not(alone: Path, victim: Path) -> None:
+    run(tiny_config(alone.parent, *overrides_of(alone.parent), "monitor.codes_every=2", "monitor.gradients_every=3",
+                    "monitor.tensorboard=true", run=str(victim)))  # fmt: skip
+    same_rows(victim, alone)
+    measured = rows_of(victim)
+    assert [row["step"] for row in measured if "flip_rate" in row] == [1, 3, 5, 7]
+    assert [row["step"] for row in measured if row.get("grad_norm_cakld", 0) > 0] == [2, 5]
+    report = (victim / "report.html").read_text(encoding="utf-8")
+    for shown in ("Codes that change", "down_proj", figure(measured[-1]["loss"])):
+        assert shown in report
+    assert list((victim / "tensorboard/distill").glob("events.out.tfevents.*"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_measured_run_of_two_workers_has_the_losses_of_one_that_is_not(tmp_path: Path, zero: int) -> None:
     measured = trained(tmp_path, "measured", f"student.zero={zero}", "monitor.codes_every=2",
                        "monitor.gradients_every=3", "monitor.tensorboard=true")  # fmt: skip
     plain = trained(tmp_path, "plain", f"student.zero={zero}", "monitor.codes_every=0")
