@@ -74,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     data.add_argument("--tokenizer", metavar="SOURCE", help="default: a BPE learned from the text")
     data.add_argument("--megabytes", type=float, default=2, help="of text (default 2)")
     data.add_argument("--times", type=int, default=10, help="as much, for the peak of memory (default 10)")
+    data.add_argument("--files", default="parquet,jsonl", metavar="KIND,…", help="default: parquet,jsonl")
     data.set_defaults(run=_data)
     return command
 
@@ -171,9 +172,14 @@ def _train(options: argparse.Namespace) -> list[Row]:
 
 def _data(options: argparse.Namespace) -> list[Row]:
     from bitdistill_ray.bench import data
+    from bitdistill_ray.data.sources import FileFormat
 
     for name, value, least in (("--megabytes", options.megabytes, 0.1), ("--times", options.times, 2)):
         if not value >= least:
             raise ConfigError(name, f"{value}", f"Give at least {least}")
-    load = data.Load(megabytes=options.megabytes, times=options.times, data=options.data, tokenizer=options.tokenizer)
+    for kind in options.files.split(","):
+        if kind not in data.FORMATS:
+            raise ConfigError("--files", kind, f"Give some of {','.join(data.FORMATS)}")
+    load = data.Load(megabytes=options.megabytes, times=options.times, data=options.data, tokenizer=options.tokenizer,
+                     files=tuple(map(FileFormat, options.files.split(","))))  # fmt: skip
     return data.measure(load)

@@ -49,13 +49,14 @@ class Load:
     tokenizer: str | None = None
     sequence_length: int = 512
     window: int = 256
+    files: tuple[FileFormat, ...] = FORMATS
 
 
 def measure(load: Load) -> list[Row]:
     """Two rows for each format.  Raises what reading `load.data` and loading the tokenizer raise."""
     with tempfile.TemporaryDirectory(prefix="bitdistill-bench-") as folder:
         tokenizer = load.tokenizer or _learn(Path(folder) / "tokenizer", load)
-        return [row for kind in FORMATS for row in _measure(kind, Path(folder), tokenizer, load)]
+        return [row for kind in load.files for row in _measure(kind, Path(folder), tokenizer, load)]
 
 
 def _measure(kind: FileFormat, folder: Path, tokenizer: str, load: Load) -> Iterator[Row]:

@@ -56,6 +56,6 @@ def test_the_stream_has_the_tokenizers_tokens_and_an_end_for_each_document(folde
 
 
 def test_sizes_that_make_no_sense_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["--megabytes", "0"], ["--times", "1"], ["--data", "/nowhere"]):
+    for arguments in (["--megabytes", "0"], ["--times", "1"], ["--data", "/nowhere"], ["--files", "pdf"]):
         assert main(["data", *arguments]) == 2
         assert arguments[1] in capsys.readouterr().err
