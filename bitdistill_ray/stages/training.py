@@ -59,9 +59,7 @@ def train(context: StageContext) -> StageRecord:
     loss = LossConfig(ce=1.0) if isinstance(options, FinetuneStage) else options.loss
     role = "teacher" if finetunes else "student"
     tokenizer = config.model.teacher if finetunes else str(context.fetch("student"))
-    here = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )  # lost with us, not before
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost with us alone
     monitor = (
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
     )

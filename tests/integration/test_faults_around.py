@@ -96,13 +96,13 @@ def with_a_feeder_that_dies(settings: dict[str, TrainJob]) -> None:
 def test_a_store_that_is_away_for_20_seconds_leaves_the_same_rows(
     alone: Path, s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """503, silence and hanging up in turn from the second checkpoint on, to it, to the cache and to the corpus.
+    """503, silence and hanging up in turn from the second checkpoint on, to it, to the cache and to the feeder.
 
-    The feeder is killed meanwhile, so that it needs the corpus.
+    It is killed meanwhile, and begins anew with its tokenizer and the corpus.
     """
     monkeypatch.setattr(training, "train_worker", with_a_feeder_that_dies)
     root = alone.parent
-    needed = ("corpus.jsonl", "run/checkpoints/", "/cache/")
+    needed = ("encoder.json", "run/checkpoints/", "/cache/")  # the first is what a feeder reads first
     with fault_proxy(s3_endpoint) as proxy:
         storage = Storage(s3_bucket, endpoint_url=proxy.url)
         storage.write_bytes("corpus.jsonl", TEXT.encode())
