@@ -31,9 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 LARGE = ("stages.distill.loss.gamma=0.5", "teacher.payload=logits", "teacher.in_flight=4", "teacher.timeout_s=120",
          "student.max_failures=1", "monitor.report=false")  # fmt: skip
 
-HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "60000"}
-"""A node that is gone refuses connections at once; one that is silent is only slow, with five nodes on two cores."""
-
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
@@ -128,7 +125,7 @@ def test_nodes_that_are_removed_and_stores_that_overflow_leave_the_same_rows(
     large: Path, victim: Path, ray_folder: Path
 ) -> None:
     """The teacher's node goes with the answers in its store, later the student's; no store holds all that is asked."""
-    said = script(NODES, victim, ray_folder, "teacher.cpus=3", "student.cpus=2", **HEALTH)
+    said = script(NODES, victim, ray_folder, "teacher.cpus=3", "student.cpus=2")
     assert (victim / "teacher went").exists()
     assert (victim / "student went").exists()
     assert re.search(r"teacher 0 was lost \(\w+\): asking another", said), said
