@@ -121,6 +121,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.soak  # not steady on two busy cores: see docs/LOG.md
 def test_nodes_that_are_removed_and_stores_that_overflow_leave_the_same_rows(
     large: Path, victim: Path, ray_folder: Path
 ) -> None:
