@@ -125,7 +125,8 @@ def _name(spec: QuantSpec) -> str:
 def job_of(
     config: Config, pool: TeacherPool, *, source: str | None, model_source: str | None, **actors: Any
 ) -> TrainJob:
-    """A job whose student is published in the run at `source`, or loaded from `model_source`."""
+    """A job whose student is published in the run at `source`, or loaded from `model_source`; its monitor is told of
+    the pool."""
     actors["monitor"].teach.remote(Lesson(teachers=pool.roster))
     return TrainJob(
         config=config,

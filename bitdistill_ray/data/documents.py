@@ -17,7 +17,7 @@ from bitdistill_ray.data.sources import CorpusSpec, FileFormat
 from bitdistill_ray.data.units import Unit, compression, file_format
 
 CUT_SEARCH = 4096  # characters before the limit in which white space is looked for
-MAX_BYTES_PER_CHARACTER = 12  # of a JSON string: a character outside the BMP as two \\uXXXX escapes
+MAX_BYTES_PER_CHARACTER = 12  # of a JSON string: a character outside the BMP as two \uXXXX escapes
 LINE_OVERHEAD = 16 << 20  # bytes of a JSONL line that may belong to other keys
 
 

@@ -28,6 +28,7 @@ from tests.tiny_models import save_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
+SCRIPT_S = 400
 LARGE = ("stages.distill.loss.gamma=0.5", "teacher.payload=logits", "teacher.in_flight=4", "teacher.timeout_s=120",
          "student.max_failures=1", "monitor.report=false")  # fmt: skip
 
@@ -56,20 +57,24 @@ def ray_folder() -> Iterator[Path]:
 
 
 def script(code: str, folder: Path, ray_folder: Path, *overrides: str, **environment: str) -> str:
-    """Run `code` with the command's arguments in a process of its own; what it printed."""
+    """Run `code` with the command's arguments in a process of its own; what it printed, also where it hangs."""
     arguments = tiny_overrides(folder.parent, *overrides_of(folder.parent), *LARGE, *overrides, run=str(folder))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen([sys.executable, "-c", code, str(folder), *arguments], stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               env={**inherited, "RAY_TMPDIR": str(ray_folder), "RAY_AUTH_MODE": "disabled",
-                                    **environment})  # fmt: skip
-    try:
-        said, _ = process.communicate(timeout=400)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, said
-    return said
+    log = ray_folder / "said"
+    with log.open("wb") as file:
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder), *arguments], stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**inherited, "RAY_TMPDIR": str(ray_folder), "RAY_AUTH_MODE": "disabled",
+                                        **environment})  # fmt: skip
+        try:
+            process.wait(SCRIPT_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not over after {SCRIPT_S} s; it said:\n{log.read_text()}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, log.read_text()
+    return log.read_text()
 
 
 def on_nodes_that_go(settings: dict[str, TrainJob]) -> None:
@@ -121,7 +126,6 @@ sys.exit(status)
 """
 
 
-@pytest.mark.soak  # not steady on two busy cores: see docs/LOG.md
 def test_nodes_that_are_removed_and_stores_that_overflow_leave_the_same_rows(
     large: Path, victim: Path, ray_folder: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""What people see of a real run of two workers: every figure in its row, and measuring changes no loss."""
+"""What people see of a real run: every figure in its row, and measuring changes no loss."""
 
 from __future__ import annotations
 
