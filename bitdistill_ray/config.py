@@ -201,6 +201,8 @@ class StudentConfig(Strict):
     gradient_checkpointing: bool = False
     chunk_tokens: int = Field(1024, ge=1)
     """Tokens whose logits exist at a time in the loss."""
+    cuda_graph: bool = True
+    """On GPUs, record the forward and backward pass and replay it, where that can be done (a line says why not)."""
     max_failures: int = Field(3, ge=0)
     """Restarts from the last checkpoint before the stage gives up."""
     start_timeout_s: float = Field(1800, gt=0)

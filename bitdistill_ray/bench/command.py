@@ -62,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--formats", default="nf3", help="FORMAT[:a8|:a16], … of the student (default nf3)")
     train.add_argument(
         "--size",
-        choices=("small", "0.6b"),
-        help="of the random model, the step and the loss; 0.6b: Qwen3-0.6B's shape, 8 x 2048 tokens (default on a GPU)",
+        choices=("small", "135m", "0.6b"),
+        help="of the random model, the step and the loss; 135m and 0.6b: the shapes of SmolLM2-135M and Qwen3-0.6B, "
+        "8 x 2048 tokens (default on a GPU: 0.6b)",
     )
     train.add_argument("--only", default=TRAINING, metavar="PART,…", help=f"some of {TRAINING}")
     train.add_argument("--workers", type=int, help="of the scale part (default: every GPU, or 2 on CPUs)")
@@ -157,8 +158,7 @@ def _train(options: argparse.Namespace) -> list[Row]:
         from bitdistill_ray.bench import kernels, loss, scale, train
 
         specs = [kernels.parse_format(name) for name in options.formats.split(",")]
-        small = (options.size or ("0.6b" if options.device == "cuda" else "small")) == "small"
-        load = train.SMALL if small else train.LARGE
+        load = train.LOADS[options.size or ("0.6b" if options.device == "cuda" else "small")]
         workers = options.workers or (torch.cuda.device_count() if options.device == "cuda" else 2)
         rows = train.measure(options.model, specs, machine, load) if "steps" in parts else []
         if "loss" in parts:

@@ -20,7 +20,7 @@ END = "<|end|>"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """A llama: hidden size, layers, vocabulary.  The FFN is three times as wide, two query heads share a key head."""
+    """A llama: hidden size, layers, vocabulary."""
 
     hidden: int = 512
     layers: int = 4
@@ -29,6 +29,10 @@ class Size:
     heads: int | None = None
     """Query heads; None: one for each 64 of the hidden size."""
     head_size: int = 64
+    key_heads: int | None = None
+    """None: one for two query heads."""
+    ffn: int | None = None
+    """Its width; None: three times the hidden size."""
 
     def __str__(self) -> str:
         return f"random llama, {self.layers} layers of {self.hidden}"
@@ -40,10 +44,10 @@ def random_model(size: Size) -> Any:
     config = LlamaConfig(
         vocab_size=size.vocabulary,
         hidden_size=size.hidden,
-        intermediate_size=3 * size.hidden,
+        intermediate_size=size.ffn or 3 * size.hidden,
         num_hidden_layers=size.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
+        num_key_value_heads=size.key_heads or heads // 2,
         head_dim=size.head_size,
         max_position_embeddings=size.context,
         tie_word_embeddings=True,

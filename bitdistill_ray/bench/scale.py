@@ -19,9 +19,10 @@ from bitdistill_ray.bench.batches import RandomFeeder
 from bitdistill_ray.bench.cluster import Machine
 from bitdistill_ray.bench.models import save_random
 from bitdistill_ray.bench.report import Row, Unit
-from bitdistill_ray.bench.timing import WINDOWS, synchronize
+from bitdistill_ray.bench.timing import WINDOWS, window
 from bitdistill_ray.bench.train import (
     STAGE,
+    STEPS_OF_A_WINDOW,
     WARM_UP,
     Load,
     config_of,
@@ -100,11 +101,8 @@ def measure_step(settings: Mapping[str, TrainJob]) -> None:
     """Ray Train's entry, in every worker: rank 0 gives the monitor the median seconds of a step."""
     worker = Worker(settings["job"])
     step: Any = remembering(worker)
-    ends = []
-    for _ in range(WARM_UP + WINDOWS):
+    for _ in range(WARM_UP):
         step()
-        synchronize(worker.device)
-        ends.append(time.perf_counter())
-    seconds = median(after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False))
+    seconds = median(window(step, STEPS_OF_A_WINDOW, worker.device) for _ in range(WINDOWS))
     if worker.rank == 0:
         ray.get(worker.job.monitor.step.remote({"step": 0, "step_s": seconds}))

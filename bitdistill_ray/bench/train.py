@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +28,13 @@ import torch
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from torch import Tensor
 
 from bitdistill_ray.bench.batches import RandomFeeder
 from bitdistill_ray.bench.cluster import Machine
 from bitdistill_ray.bench.models import Size, save_random
 from bitdistill_ray.bench.report import Row, Unit
-from bitdistill_ray.bench.timing import WINDOWS, seconds_per_call, synchronize
+from bitdistill_ray.bench.timing import WINDOWS, seconds_per_call
 from bitdistill_ray.config import Config
 from bitdistill_ray.core import QuantSpec, TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
@@ -51,6 +53,7 @@ from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.teacher.pool import TeacherPool
 
 WARM_UP = 3  # steps
+STEPS_OF_A_WINDOW = 4  # which follow each other as in a run, where a step's figures are read in the next
 STAGE, PLAIN, MEASURED, RELATION = "distill", "plain", "measured", "hidden + Q, K, V"
 
 
@@ -72,6 +75,10 @@ SMALL = Load(model=Size(hidden=256, layers=4, vocabulary=4096), sequences=4, tok
 LARGE = Load(model=Size(hidden=1024, layers=28, vocabulary=151_936, context=2048, heads=16, head_size=128),
              sequences=8, tokens=2048,
              loss_tokens=8192, loss_chunk=4096, loss_hidden=1024, loss_vocabulary=151_936)  # fmt: skip
+MEDIUM = Load(model=Size(hidden=576, layers=30, vocabulary=49_152, context=2048, heads=9, key_heads=3, ffn=1536),
+              sequences=8, tokens=2048,
+              loss_tokens=16_384, loss_chunk=2048, loss_hidden=576, loss_vocabulary=49_152)  # fmt: skip
+LOADS = {"small": SMALL, "135m": MEDIUM, "0.6b": LARGE}
 
 Measured = dict[str, dict[str, float]]
 """Seconds of a step, `live` and from `memory`, and `flops`, the operations of a step, by the name of the job."""
@@ -200,7 +207,7 @@ def measure_steps(settings: Mapping[str, Mapping[str, TrainJob]]) -> None:
     device = next(iter(workers.values())).device
     live = {name: _live_s(worker) for name, worker in workers.items()}
     remembered = {name: remembering(worker) for name, worker in workers.items()}
-    memory = seconds_per_call(remembered, device=device)
+    memory = seconds_per_call(remembered, device=device, least_calls=STEPS_OF_A_WINDOW)
     flops = {name: _step_flops(worker) for name, worker in workers.items()}
     row = {
         "step": 0,
@@ -218,15 +225,17 @@ def _step_flops(worker: Worker) -> dict[str, float]:
 
 
 def _live_s(worker: Worker) -> float:
-    """Median seconds from step to step, with everything a step waits for."""
-    share, steps = Share(rank=0, ranks=1, micros=worker.micros), WARM_UP + WINDOWS
+    """Median seconds from step to step, with everything a step waits for; its loss is read when a run would read it."""
+    share, steps = Share(rank=0, ranks=1, micros=worker.micros), WARM_UP + 3 * WINDOWS
     inbox = Inbox(worker.job.feeder, worker.client, share, first=0, steps=steps,
                   in_flight=worker.job.config.teacher.in_flight)  # fmt: skip
-    ends = []
+    ends, unread = list[float](), deque[Tensor]()
     for micros in inbox:
-        worker.step(micros, inbox.signals, inbox.take_up)
-        synchronize(worker.device)
-        ends.append(time.perf_counter())
+        losses, _ = worker.step(micros, inbox.signals, inbox.take_up)
+        unread.append(losses["loss"])
+        if len(unread) > worker.late:
+            float(unread.popleft())
+            ends.append(time.perf_counter())
     return median(after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False))
 
 

@@ -7,7 +7,8 @@
 
 On CPUs nothing is changed: there exact resume and the teachers' numerics matter, and compiling costs a minute.  Layers
 stay uncompiled under ZeRO-3, whose hooks gather parameters in the middle of a layer, and in fp32, where torch 2.11's
-compiled fake quantisers hand out zero gradients (docs/LOG.md).
+compiled fake quantisers hand out zero gradients (docs/LOG.md).  flex_attention takes rows of whole blocks only: in a
+compiled layer shorter rows came out wrong.
 """
 
 from __future__ import annotations
@@ -22,17 +23,27 @@ from transformers.utils import is_torch_flex_attn_available
 from bitdistill_ray.model.families import attention_modules
 from bitdistill_ray.model.taps import FLEX
 
+LEAST_HEAD = 16
+BLOCK = 128  # queries and keys of a block of flex_attention's masks
 
-def accelerate(model: nn.Module, device: torch.device, *, zero: int, tapped: Collection[int] = ()) -> str:
+
+def accelerate(
+    model: nn.Module, device: torch.device, *, length: int, zero: int = 0, tapped: Collection[int] = ()
+) -> str:
     """Change `model` in place, before an engine wraps it; returns what was done and why, to be printed.
 
+    `length`: tokens of a row.
     `tapped`: layers whose attention states are read; they stay uncompiled, since a graph cannot hand them out.
     """
     if device.type != "cuda":
         return "attention by sdpa, layers not compiled: no GPU"
     config: Any = model.config
     said = "attention by sdpa: this torch has no flex_attention"
-    if is_torch_flex_attn_available():
+    if head_size(config) < LEAST_HEAD:
+        said = f"attention by sdpa: flex_attention wants heads of {LEAST_HEAD}, these have {head_size(config)}"
+    elif length % BLOCK:
+        said = f"attention by sdpa: flex_attention wants rows of whole blocks of {BLOCK} tokens, these have {length}"
+    elif is_torch_flex_attn_available():
         config._attn_implementation = FLEX
         said = "attention by flex_attention, which skips what packing masks out"
     if zero == 3:
@@ -44,6 +55,11 @@ def accelerate(model: nn.Module, device: torch.device, *, zero: int, tapped: Col
     for layer in chosen:
         layer.compile()
     return f"{said}; {len(chosen)} of {len(layers)} layers compiled (the first step takes about a minute)"
+
+
+def head_size(config: Any) -> int:
+    """Numbers of one attention head of a Hugging Face config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

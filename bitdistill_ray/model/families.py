@@ -29,12 +29,13 @@ class Family:
     ffn_norm: str = "post_attention_layernorm"  # what gate and up read
     gain_offset: float = 0.0  # a norm multiplies by its weight plus this
     softcap_key: str | None = None  # config key of c in logits = c tanh(logits / c)
+    mask_of_each_kind: bool = True  # takes attention masks by a layer's kind, and not one for all layers
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family(model_type="llama"),
+        Family(model_type="llama", mask_of_each_kind=False),
         Family(model_type="qwen2"),
         Family(model_type="qwen3"),
         Family(

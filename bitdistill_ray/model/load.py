@@ -1,7 +1,7 @@
 """Loading a causal LM and its tokenizer from any source.
 
 Whatever the source, the result is a dense model of a supported family in one dtype, with sdpa attention (whose masks
-keep packed documents apart; flash attention's do not).  GGUF weights are dequantised.
+keep packed documents apart; flash attention's do not).  GGUF files are dequantised (`gguf_file.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.families import family_of
+from bitdistill_ray.model.gguf_file import dequantised
 from bitdistill_ray.model.sources import OpenStorage, resolve
 from bitdistill_ray.model.taps import SDPA
 from bitdistill_ray.storage import Storage
@@ -40,16 +41,15 @@ def load_model(
         StorageError: an object store that refuses.
     """
     place = resolve(source, storage=storage)
-    options: dict[str, Any] = {}
-    if place.endswith(".gguf"):
-        place, options["gguf_file"] = str(Path(place).parent), Path(place).name
+    options = {} if spread is None else {"device_map": spread}
     try:
-        family_of(AutoConfig.from_pretrained(place, **options))
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        if spread is not None:
-            options["device_map"] = spread
-        options |= {"dtype": dtype, "attn_implementation": SDPA, "output_loading_info": True, **_dequantised(options)}
-        model, found = AutoModelForCausalLM.from_pretrained(place, **options)
+        if place.endswith(".gguf"):
+            place = str(dequantised(Path(place), dtype))
+        family_of(AutoConfig.from_pretrained(place))
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, **options, dtype=dtype, attn_implementation=SDPA, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         remedy = "Check the name, the network and HF_TOKEN, or give a folder that holds the whole model"
@@ -57,29 +57,8 @@ def load_model(
     if found["missing_keys"]:
         lost = sorted(found["missing_keys"])
         raise ModelError(source, f"lacks {len(lost)} tensors, such as {lost[0]}", "Get its files again")
-    if "gguf_file" in options:
-        _forget_gguf(model)
     check_tokenizer(source, model, tokenizer)
     return (model if device is None or spread is not None else model.to(device)).eval(), tokenizer
-
-
-def _dequantised(options: dict[str, Any]) -> dict[str, Any]:
-    """Newer transformers would keep GGUF blocks packed where it has kernels for them; ask it not to."""
-    if "gguf_file" not in options:
-        return {}
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # transformers that always dequantises
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_gguf(model: Any) -> None:
-    """Take away what marks a dequantised model as quantised: it may be trained and saved like any other."""
-    for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    model.is_quantized = False
 
 
 def check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.stage_config import TrainStage
-from bitdistill_ray.student.gradient_norm import norm_at_once
+from bitdistill_ray.student.gradient_norm import clip_unasked, norm_at_once
 
 SHARED_MEMORY_REDUCTION = "deepspeed_shm_comm"
 
@@ -41,6 +41,7 @@ def start_engine(
     )
     if student.zero in (1, 2) and student.gpus:
         norm_at_once(engine.optimizer)
+        clip_unasked(engine.optimizer)
     return engine
 
 

@@ -1,8 +1,8 @@
 """The student and its loss as one module: what DeepSpeed wraps.
 
 Everything that touches parameters happens inside `forward`, so that ZeRO's hooks see it: the base model, and the LM
-head once for each chunk of tokens.  The teacher's frozen head is *not* a submodule: it is no parameter of the
-student's, and ZeRO must neither shard nor cast it.
+head once for each chunk of tokens.  On GPUs `forward` may replay a recording of it (`recording.py`).  The teacher's
+frozen head is *not* a submodule: it is no parameter of the student's, and ZeRO must neither shard nor cast it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.taps import attention_taps
 
+Pass = Callable[[TokenBatch, TeacherSignals | None, Totals], tuple[Tensor, dict[str, Tensor]]]
+
 
 class LossModule(nn.Module):
-    """`forward(batch, signals, totals)` is the objective on one micro-batch, and its parts."""
+    """`forward(batch, signals, totals)` is the objective on one micro-batch, and its parts.
+
+    `replay`, if it is set, stands for `loss` in `forward`: the same function, made faster.
+    """
 
     def __init__(
         self,
@@ -38,8 +43,15 @@ class LossModule(nn.Module):
         self.objective, self.chunk_tokens, self.gamma = objective, chunk_tokens, gamma
         self.relation_layers = () if relation_layer is None else (relation_layer,)
         self._heads = (LMHead(model), teacher_head)  # in a tuple, where nn.Module does not look for submodules
+        self.replay: Pass | None = None
 
     def forward(
+        self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What DeepSpeed calls: `loss`, or its replay."""
+        return (self.replay or self.loss)(batch, signals, totals)
+
+    def loss(
         self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """fp32 scalar to minimise, and detached parts by name; `batch` and `signals` on the module's device."""

@@ -76,7 +76,7 @@ def term_gradients(
     for name, objective in single_terms(whole).items():
         module.objective = objective
         try:
-            value, _ = module(batch, signals, totals)
+            value, _ = module.loss(batch, signals, totals)
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
         finally:
             module.objective = whole

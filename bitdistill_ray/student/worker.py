@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -42,6 +44,7 @@ from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
 from bitdistill_ray.student.preemption import Notice, PreemptedError
 from bitdistill_ray.student.probes import Probes
+from bitdistill_ray.student.recording import Recording, can_record
 from bitdistill_ray.student.resume import Place, new_attempt, resume
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.client import TeacherClient
@@ -52,6 +55,20 @@ ASK_EVERY_S = 0.2  # for the lesson
 LISTENING_S = 10.0  # before the first step, for the handler of SIGTERM to be in place
 SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 """What the teacher says about a micro-batch, on the student's device; None where no teacher is asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a step gave, as tensors that the device may not have made yet."""
+
+    step: int
+    sequences: Mapping[str, Any]
+    losses: Mapping[str, Tensor]
+    tokens: Tensor
+    norm: Tensor | float | None
+    stop: Tensor
+    learning_rate: float
+    probed: Mapping[str, float]
 
 
 class Worker:
@@ -77,7 +94,10 @@ class Worker:
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
         self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
-        self.stop = torch.zeros(())  # more than 0 when a rank was told to go
+        self.stop, self.told = torch.zeros(()), False  # more than 0, and known, when a rank was told to go
+        self.unread: deque[Outcome] = deque()
+        # a step's figures are read when the next step is on its way, so that no GPU waits for Python
+        self.late, self.read_at = int(self.device.type == "cuda"), time.perf_counter()
         self.attempt = new_attempt(self.device)
         self.checkpoints = self._checkpoints()
         self.engine = start_engine(module, stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
@@ -102,11 +122,13 @@ class Worker:
             timeout_s=self.job.config.data.timeout_s,
             say=self._say,
         )
+        self.read_at = time.perf_counter()
         for step, micros in enumerate(inbox, start=position.step):
-            began = time.perf_counter()
             losses, tokens = self.step(micros, inbox.signals, inbox.take_up)
-            self._report(step, losses, tokens, time.perf_counter() - began, inbox)
-            self._save_if_due(step + 1)
+            self.unread.append(self._outcome(step, losses, tokens, inbox.sequences))
+            self._read(inbox, unread=self.late)
+            self._save_if_due(step + 1, inbox)
+        self._read(inbox, unread=0)
         self.checkpoints.close()
         self._publish()
         ray.train.report({"step": self.job.steps})
@@ -123,7 +145,7 @@ class Worker:
         for batch in batches:
             totals = totals + Totals.count(batch.labels_BT, batch.segment_BT)
         told = torch.tensor([float(self.notice.is_told())], dtype=torch.float64)
-        counts = torch.cat([totals.counts, told]).to(self.device)
+        counts = torch.cat([totals.counts, told]).to(self.device, non_blocking=True)
         dist.all_reduce(counts)
         counts, self.stop = counts[:3], counts[3]
         shared = Totals(counts).shared_by(self.ranks * self.micros)
@@ -142,28 +164,41 @@ class Worker:
         dist.all_reduce(stacked)
         return dict(zip(sums, stacked / self.ranks, strict=True)), counts[0]
 
-    def _report(self, step: int, losses: dict[str, Tensor], tokens: Tensor, seconds: float, inbox: Inbox) -> None:
-        probed = self.probes.take()
-        if self.rank != 0:
-            return
-        names, values = list(losses), torch.stack([*losses.values(), tokens.float()]).tolist()
+    def _outcome(
+        self, step: int, losses: Mapping[str, Tensor], tokens: Tensor, sequences: Mapping[str, Any]
+    ) -> Outcome:
+        return Outcome(step=step, sequences=sequences, losses=losses, tokens=tokens, stop=self.stop,
+                       norm=self.engine.get_global_grad_norm(), learning_rate=self.engine.get_lr()[0],
+                       probed=self.probes.take())  # fmt: skip
+
+    def _read(self, inbox: Inbox, *, unread: int) -> None:
+        """Wait for the oldest steps' figures and report them, until only `unread` steps are left."""
+        while len(self.unread) > unread:
+            outcome = self.unread.popleft()
+            self.told = self.told or bool(outcome.stop > 0)
+            if self.rank == 0:
+                self._report(outcome, inbox)
+
+    def _report(self, outcome: Outcome, inbox: Inbox) -> None:
+        """A row of the step; its seconds are those since the row before, without the wait for data."""
+        names, values = list(outcome.losses), torch.stack([*outcome.losses.values(), outcome.tokens.float()]).tolist()
         waits = self.client.take_counters() if self.client else {"teacher_wait_s": 0.0}
-        norm = self.engine.get_global_grad_norm()
+        now, data_wait_s, inbox.data_wait_s = time.perf_counter(), inbox.data_wait_s, 0.0
+        seconds, self.read_at = now - self.read_at - data_wait_s, now
         row = {
-            "step": step,
-            **inbox.sequences,
+            "step": outcome.step,
+            **outcome.sequences,
             **dict(zip(names, values, strict=False)),
-            "learning_rate": self.engine.get_lr()[0],
-            "grad_norm": None if norm is None else float(norm),
+            "learning_rate": outcome.learning_rate,
+            "grad_norm": None if outcome.norm is None else float(outcome.norm),
             "tokens": int(values[-1]),
             "seconds": seconds,
             "tokens_per_s": values[-1] / seconds,
             "mfu": self.arithmetic.mfu(values[-1] / seconds),
-            "data_wait_s": inbox.data_wait_s,
+            "data_wait_s": data_wait_s,
             **waits,
-            **probed,
+            **outcome.probed,
         }
-        inbox.data_wait_s = 0.0
         self._refuse_what_is_not_finite(row)
         self.notice.hear(self.job.monitor.step.remote(row))
 
@@ -192,14 +227,16 @@ class Worker:
     def _say(self, line: str) -> None:
         self.job.monitor.say.remote(line)
 
-    def _save_if_due(self, done: int) -> None:
+    def _save_if_due(self, done: int, inbox: Inbox) -> None:
         """Save after `done` steps if it is time, or if a worker is about to be taken away."""
-        stop, draining = bool(self.stop > 0), self.notice.draining(done - 1)
+        draining = self.notice.draining(done - 1)
         if done == self.job.steps:
             return
-        if stop or draining or done % self.job.stage.checkpoint_every == 0:
+        if self.told or draining or done % self.job.stage.checkpoint_every == 0:
+            self._read(inbox, unread=0)
             self._save(done)
-        if stop:
+            self.read_at = time.perf_counter()
+        if self.told:
             self.checkpoints.wait()
             self._say(f"told to stop (SIGTERM): saved step {done}")
             raise PreemptedError(f"a worker was told to stop; step {done} is saved")
@@ -276,8 +313,9 @@ class Worker:
             teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
             layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
         tapped = () if layer is None else (layer,)
-        self.speed = accelerate(self.model, self.device, zero=self.job.config.student.zero, tapped=tapped)
-        return LossModule(
+        length, zero = self.job.config.data.sequence_length, self.job.config.student.zero
+        self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=tapped)
+        module = LossModule(
             self.model,
             objective_of(self.job.loss),
             chunk_tokens=self.job.config.student.chunk_tokens,
@@ -285,6 +323,12 @@ class Worker:
             gamma=self.lesson.gamma,
             relation_layer=layer,
         )
+        attention = self.model.config._attn_implementation
+        recorded, why = can_record(self.job.config.student, self.dtype, self.device, attention=attention)
+        if recorded:
+            module.replay = Recording(module)
+        self.speed += f"; passes {'' if recorded else 'not '}recorded: {why}"
+        return module
 
     def _publish(self) -> None:
         """Gather the working copy on rank 0 and publish it; ZeRO-3 gathers one parameter at a time."""

@@ -33,15 +33,14 @@ from bitdistill_ray.hardware import compute_dtype, local_device, local_devices
 from bitdistill_ray.losses.gamma import GammaEstimate, estimate_gamma
 from bitdistill_ray.losses.objective import GammaMode
 from bitdistill_ray.losses.teacher_view import Head
-from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.identity import ModelIdentity, identity
 from bitdistill_ray.model.load import load_model
-from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.teacher import wire
 from bitdistill_ray.teacher.draws import sampled
 from bitdistill_ray.teacher.request import Load, SignalRequest
+from bitdistill_ray.teacher.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,7 @@ class Teacher:
             return
         self.model.eval().requires_grad_(requires_grad=False)
         self._lm_head = LMHead(self.model)
+        self._scorer = Scorer(self.model, self.device, spread=len(self.devices) > 1)
 
     def handshake(self) -> ModelIdentity:
         """Who this is: hashes of weights, configuration and vocabulary.  Students compare before they train.
@@ -98,8 +98,8 @@ class Teacher:
 
     def describe(self) -> str:
         """One line for the log."""
-        places = ", ".join(map(str, self.devices))
-        return f"{self.source} on {places} in {str(self.dtype).removeprefix('torch.')} ({self.why})"
+        places, dtype = ", ".join(map(str, self.devices)), str(self.dtype).removeprefix("torch.")
+        return f"{self.source} on {places} in {dtype} ({self.why}), passes {self._scorer.how}"
 
     def load(self) -> Load:
         """What this teacher did so far, answered after the questions that came before.
@@ -135,10 +135,9 @@ class Teacher:
     @torch.no_grad()
     def signals(self, batch: TokenBatch, request: SignalRequest) -> TeacherSignals:
         """The same on tensors, without the wire."""
-        layers = () if request.attention_layer is None else (request.attention_layer % self.layers(),)
-        with attention_taps(self.model, layers) as taps:
-            hidden_BTD = hidden_states(self.model, batch).to(self.device)
-        signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=taps[layers[0]] if layers else None)
+        layer = None if request.attention_layer is None else request.attention_layer % self.layers()
+        hidden_BTD, attention = self._scorer(batch, layer)
+        signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=attention)
         match request.payload:
             case Payload.HIDDEN:
                 signals.hidden_BTD = hidden_BTD

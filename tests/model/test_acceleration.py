@@ -25,7 +25,7 @@ def test_every_family_has_one_decoder_layer_for_each_attention(case: str) -> Non
 
 def test_a_cpu_changes_nothing() -> None:
     model = tiny_model("llama").to(torch.bfloat16)
-    assert "no GPU" in accelerate(model, torch.device("cpu"), zero=1)
+    assert "no GPU" in accelerate(model, torch.device("cpu"), length=128)
     assert model.config._attn_implementation == SDPA
     assert not any(layer._compiled_call_impl for layer in decoder_layers(model))
 
@@ -41,11 +41,34 @@ def test_a_cpu_changes_nothing() -> None:
     ids=["all", "tapped", "zero-3", "fp32"],
 )
 def test_what_is_compiled(dtype: torch.dtype, zero: int, tapped: tuple[int, ...], compiled: list[bool]) -> None:
-    model = tiny_model("llama").to(dtype)
-    said = accelerate(model, GPU, zero=zero, tapped=tapped)
+    model = tiny_model("llama", head_dim=16).to(dtype)
+    said = accelerate(model, GPU, length=256, zero=zero, tapped=tapped)
     assert model.config._attn_implementation == FLEX
     assert [layer._compiled_call_impl is not None for layer in decoder_layers(model)] == compiled
     assert ("not compiled" in said) == (not any(compiled))
+
+
+@pytest.mark.parametrize(
+    ("head", "length", "why"), [(8, 128, "heads of 16, these have 8"), (16, 200, "128 tokens, these have 200")]
+)
+def test_what_flex_attention_cannot_take_stays_with_sdpa(head: int, length: int, why: str) -> None:
+    model = tiny_model("llama", head_dim=head).to(torch.bfloat16)
+    assert why in accelerate(model, GPU, length=length)
+    assert model.config._attn_implementation == SDPA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiled as it is used, for a GPU")
+@pytest.mark.parametrize("case", EVERY_CASE)
+@pytest.mark.parametrize("length", [24, 128, 200, 256])
+@torch.no_grad()
+def test_an_accelerated_model_gives_what_the_plain_one_gives(case: str, length: int) -> None:
+    torch._dynamo.reset()
+    model = tiny_model(case, hidden_size=64).to(GPU, torch.bfloat16)
+    fast = copy.deepcopy(model)
+    accelerate(fast, GPU, length=length)
+    for rows in ([[length // 2, length // 3], [length]], [[length], [length]]):
+        batch = packed_batch(rows, length).to(GPU)
+        torch.testing.assert_close(hidden_states(fast, batch), hidden_states(model, batch), rtol=5e-2, atol=0.25)
 
 
 @pytest.mark.parametrize("format", [Format.TERNARY, Format.INT2, Format.NF3])

@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bitdistill_ray.errors import ModelError, TeacherError
+from bitdistill_ray.model import gguf_file
 from bitdistill_ray.model.identity import identity, refuse_change, refuse_mismatch
 from bitdistill_ray.model.load import load_model
 from tests.model.tiny_gguf import write_gguf
@@ -46,6 +47,22 @@ def test_a_gguf_file_is_dequantised_and_no_longer_quantised(tmp_path: Path) -> N
     again, _ = load_model(str(tmp_path / "again"), dtype=torch.float32)
     with torch.no_grad():
         assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_gguf_file_is_dequantised_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, read = [], gguf_file._read
+    monkeypatch.setenv("BITDISTILL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(gguf_file, "_read", lambda *how: reads.append(how) or read(*how))
+    file = tmp_path / "tiny.gguf"
+    for seed, dtype, times in ((0, torch.float32, 1), (0, torch.float32, 1), (0, torch.bfloat16, 2), (1, None, 3)):
+        original = tiny_model("llama", seed=seed, hidden_size=64, intermediate_size=96)
+        if times in (1, 3) and not (times == 1 and reads):
+            write_gguf(file, original, tiny_tokenizer())
+        model, _ = load_model(str(file), dtype=dtype or torch.float32)
+        assert len(reads) == times
+        assert next(model.parameters()).dtype is (dtype or torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, original(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_another_family_is_refused_with_the_supported_ones(tmp_path: Path) -> None:

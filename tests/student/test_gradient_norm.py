@@ -13,7 +13,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from bitdistill_ray.student.engine import without_run_time_builds
-from bitdistill_ray.student.gradient_norm import METHOD, global_norm, norm_at_once
+from bitdistill_ray.student.gradient_norm import CLIP, METHOD, clip_unasked, global_norm, norm_at_once
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +62,24 @@ def test_a_norm_that_is_not_finite_is_said_as_deepspeed_says_it(value: float) ->
     assert float(global_norm(made)) == -1.0
 
 
+@pytest.mark.parametrize("norm", [0.5, 40.0, -1.0, float("inf")])
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+def test_clipping_is_deepspeeds(norm: float, loss_scale: float) -> None:
+    theirs = getattr(DeepSpeedZeroOptimizer, CLIP)
+    own = SimpleNamespace(clip_grad=1.0, loss_scale=loss_scale, device="cpu")
+    expected, found = gradients(torch.float32), gradients(torch.float32)
+    theirs(own, [expected[0], expected[1:]], torch.tensor(norm * loss_scale if norm > 0 else norm))
+    own_clip = SimpleNamespace(clip_grad=1.0, loss_scale=loss_scale)
+    setattr(own_clip, CLIP, lambda *_: pytest.fail("asked DeepSpeed's"))
+    clip_unasked(own_clip)
+    getattr(own_clip, CLIP)([found[0], found[1:]], torch.tensor(norm * loss_scale if norm > 0 else norm))
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, rtol=1e-6, atol=0)
+    assert (float(found[0].abs().max()) == 0) == (not 0 < norm < float("inf"))
+
+
 def test_an_optimiser_of_another_kind_is_left_alone() -> None:
     other = SimpleNamespace(step=print)
     norm_at_once(other)
+    clip_unasked(other)
     assert vars(other) == {"step": print}

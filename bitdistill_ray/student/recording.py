@@ -1,0 +1,159 @@
+"""A student's forward and backward pass over a micro-batch, recorded as two CUDA graphs and replayed ever after.
+
+The pass of a small student is a few thousand short kernels, which Python hands to a GPU more slowly than it works them
+off.  A recording hands them over at once.  torch makes it (`torch.cuda.make_graphed_callables`); what is ours is the
+pass as a function of tensors alone.  Gradients leave it where they always do, so DeepSpeed and its accumulation do not
+notice.
+
+It asks for parameters that stay where they are (ZeRO-0 to ZeRO-2), micro-batches of one shape, and a pass that never
+asks the device anything.  Between steps its activations keep their memory, which is the peak's and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitdistill_ray.config import StudentConfig
+from bitdistill_ray.core import TeacherSignals, TokenBatch
+from bitdistill_ray.errors import ModelError
+from bitdistill_ray.losses.reduction import Totals
+from bitdistill_ray.model.taps import FLEX
+from bitdistill_ray.student.module import LossModule
+
+WARM_UPS = 2  # passes before the recording: whatever compiles or allocates on first use has done so
+
+
+def can_record(
+    student: StudentConfig, dtype: torch.dtype, device: torch.device, *, attention: str = FLEX
+) -> tuple[bool, str]:
+    """Whether this student's pass is recorded, and why (not), to be printed."""
+    if device.type != "cuda":
+        return False, "no GPU"
+    if not student.cuda_graph:
+        return False, "student.cuda_graph is off"
+    if attention != FLEX:
+        return False, f"masks of {attention} ask the device"
+    if student.zero == 3:
+        return False, "ZeRO-3 gathers inside it"
+    if dtype is torch.float16:
+        return False, "fp16 needs the loss scale in it"
+    if student.gradient_checkpointing:
+        return False, "gradient checkpointing asks for the generator's state in it"
+    return True, "one launch for each"
+
+
+class Recording:
+    """`LossModule.loss` by replay.  The first call records, after which every call must have its shapes."""
+
+    def __init__(self, module: LossModule) -> None:
+        self._module, self._shapes, self._parameters = module, list[torch.Size](), list[Tensor]()
+        self._replay: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
+
+    def __call__(
+        self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective, ready for its backward pass before the next call, and its parts.
+
+        Raises:
+            ModelError: another shape than the first call's.
+        """
+        tensors = [batch.ids_BT, batch.target_BT, batch.segment_BT, totals.counts, *tensors_of(signals)]
+        if self._replay is None:
+            run = _OnTensors(self._module, signals)
+            self._shapes, self._parameters = [tensor.shape for tensor in tensors], run.parameters()
+            self._replay = _record(run, (*(tensor.clone() for tensor in tensors), *run.aliases()))
+        if [tensor.shape for tensor in tensors] != self._shapes:
+            raise ModelError("micro-batch", f"has shapes {[list(t.shape) for t in tensors]}, recorded were "
+                             f"{[list(shape) for shape in self._shapes]}", "Set student.cuda_graph=false")  # fmt: skip
+        value, parts = self._replay(*tensors, *self._parameters)
+        return value.clone(), {name: part.clone() for name, part in parts.items()}  # the next replay overwrites them
+
+
+def _record(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+    """`run` on CUDA graphs; `inputs` become the memory that it reads."""
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call,unused-ignore]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UPS):
+            value, parts = run(*inputs)
+            torch.autograd.grad(value, leaves, allow_unused=True)
+    del value, parts
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # the recording has memory of its own, and needs as much
+    return torch.cuda.make_graphed_callables(
+        run, inputs, num_warmup_iters=0, allow_unused_input=True, pool=_memory(inputs[0].device)
+    )
+
+
+@cache
+def _memory(device: torch.device) -> Any:
+    """One memory for all recordings of a process: a pass ends, with its backward pass, before another's begins."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
+class _OnTensors:
+    """The pass as a function of tensors: of a batch, its totals, what the teacher said, and the parameters.
+
+    A parameter's gradient is made for whatever stream its accumulator was born on, which for one of DeepSpeed's is no
+    stream that records; so the recording differentiates by aliases of the parameters, which share their memory.
+    """
+
+    def __init__(self, module: LossModule, signals: TeacherSignals | None) -> None:
+        self.module, self._like = module, signals
+        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+    def aliases(self) -> list[Tensor]:
+        """Leaves that share the parameters' memory."""
+        return [self.module.get_parameter(name).detach().requires_grad_() for name in self.names]
+
+    def parameters(self) -> list[Tensor]:
+        """The parameters themselves, whose gradients a replay hands out."""
+        return [self.module.get_parameter(name) for name in self.names]
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ids_BT, target_BT, segment_BT, counts, *said = tensors[: -len(self.names)]
+        batch = TokenBatch(ids_BT=ids_BT, target_BT=target_BT, segment_BT=segment_BT, sequence_ids=())
+        signals = with_tensors(self._like, said)
+        named = dict(zip(self.names, tensors[-len(self.names) :], strict=True))
+        with _reparametrized(self.module, named):
+            return self.module.loss(batch, signals, Totals(counts))
+
+
+@contextmanager
+def _reparametrized(module: nn.Module, named: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, `module`'s parameters of these names (and those tied to them) are these tensors."""
+    with torch.nn.utils.stateless._reparametrize_module(module, dict(named), tie_weights=True):
+        yield
+
+
+def tensors_of(noun: Any) -> list[Tensor]:
+    """The tensors in a dataclass and in those that it holds, in the order of their fields."""
+    if isinstance(noun, Tensor):
+        return [noun]
+    if not is_dataclass(noun):
+        return []
+    return [tensor for field in fields(noun) for tensor in tensors_of(getattr(noun, field.name))]
+
+
+def with_tensors(like: Any, tensors: list[Tensor]) -> Any:
+    """`like` with `tensors` where its own are; the inverse of `tensors_of`."""
+    if isinstance(like, Tensor):
+        return tensors[0]
+    if not is_dataclass(like) or isinstance(like, type):
+        return like
+    changed: dict[str, Any] = {}
+    for field in fields(like):
+        value = getattr(like, field.name)
+        count = len(tensors_of(value))
+        if count:
+            changed[field.name], tensors = with_tensors(value, tensors[:count]), tensors[count:]
+    return replace(like, **changed)
