@@ -50,23 +50,21 @@ def measure(
     Both are causal LMs of a supported family with one vocabulary; each runs on its own device and dtype, logits are
     compared in fp32.
     """
-    nll, kl, same = [], [], []
+    means: list[list[float]] = []
     for batch in _batches(ids_WT):
-        labels_BT = batch.ids_BT[:, 1:]
         student_BTD, teacher_BTD = _hidden(student, batch), None if alone else _hidden(teacher, batch)
-        for row, labels_T in enumerate(labels_BT):
-            log_s_TV = _log_probabilities(student, student_BTD[row, :-1])
-            nll.append(F.nll_loss(log_s_TV, labels_T).item())
-            if teacher_BTD is not None:
-                log_t_TV = _log_probabilities(teacher, teacher_BTD[row, :-1])
-                kl.append(kl_divergence(log_t_TV, log_s_TV).mean().item())
-                same.append((log_t_TV.argmax(-1) == log_s_TV.argmax(-1)).float().mean().item())
+        rows = [
+            _sums(student, teacher, student_TD[:-1], None if teacher_BTD is None else teacher_BTD[row, :-1], ids_T[1:])
+            for row, (student_TD, ids_T) in enumerate(zip(student_BTD, batch.ids_BT, strict=True))
+        ]
+        means += (torch.stack(rows) / (ids_WT.shape[1] - 1)).tolist()
+    nll, kl, same = np.array(means).T
     windows, context = ids_WT.shape
     protocol = f"{windows} windows of {context} tokens, no start token"
-    metrics = {f"ppl:{name}": bootstrap(np.array(nll), protocol, np.exp)}
+    metrics = {f"ppl:{name}": bootstrap(nll, protocol, np.exp)}
     if not alone:
-        metrics[f"kl:{name}"] = bootstrap(np.array(kl), f"KL(teacher || student) per token, nats; {protocol}")
-        metrics[f"agreement:{name}"] = bootstrap(np.array(same), f"top-1 agreement with the teacher; {protocol}")
+        metrics[f"kl:{name}"] = bootstrap(kl, f"KL(teacher || student) per token, nats; {protocol}")
+        metrics[f"agreement:{name}"] = bootstrap(same, f"top-1 agreement with the teacher; {protocol}")
     return metrics
 
 
@@ -87,8 +85,18 @@ def _hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 @torch.no_grad()
-def _log_probabilities(model: nn.Module, hidden_TD: Tensor) -> Tensor:
-    """fp32 log-probabilities [T, V] on the CPU."""
-    head = LMHead(model)
-    chunks = (hidden_TD[first : first + CHUNK] for first in range(0, len(hidden_TD), CHUNK))
-    return torch.cat([head(h).float().log_softmax(-1).cpu() for h in chunks])
+def _sums(
+    student: nn.Module, teacher: nn.Module, student_TD: Tensor, teacher_TD: Tensor | None, labels_T: Tensor
+) -> Tensor:
+    """float64 [3] on the student's device: negative log-likelihood, KL and agreement, summed over a window's tokens."""
+    sums = torch.zeros(3, dtype=torch.float64, device=student_TD.device)
+    for first in range(0, len(labels_T), CHUNK):
+        piece = slice(first, first + CHUNK)
+        log_s_TV = LMHead(student)(student_TD[piece]).float().log_softmax(-1)
+        labels = labels_T[piece].to(log_s_TV.device)
+        found = [F.nll_loss(log_s_TV, labels, reduction="sum"), sums.new_zeros(()), sums.new_zeros(())]
+        if teacher_TD is not None:
+            log_t_TV = LMHead(teacher)(teacher_TD[piece]).float().log_softmax(-1).to(log_s_TV.device)
+            found[1:] = [kl_divergence(log_t_TV, log_s_TV).sum(), (log_t_TV.argmax(-1) == log_s_TV.argmax(-1)).sum()]
+        sums += torch.stack([value.double() for value in found])
+    return sums

@@ -11,7 +11,7 @@ from bitdistill_ray.quant.block import block_as_group
 from bitdistill_ray.quant.clip import ClipGrid, ClipRange, ClipStatistics, apply_clip, search_clip
 from bitdistill_ray.quant.gptq import solve_gptq
 from bitdistill_ray.quant.moments import Moments
-from bitdistill_ray.quant.report import code_histogram, flip_rate, zero_fraction
+from bitdistill_ray.quant.report import code_histogram, flip_rate, zero_count
 
 __all__ = [
     "ClipGrid",
@@ -32,5 +32,5 @@ __all__ = [
     "search_clip",
     "search_scales",
     "solve_gptq",
-    "zero_fraction",
+    "zero_count",
 ]

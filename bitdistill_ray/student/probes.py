@@ -29,7 +29,7 @@ from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.linear import QuantLinear, whole_parameter
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.quant import quantize
-from bitdistill_ray.quant.report import zero_fraction
+from bitdistill_ray.quant.report import zero_count
 from bitdistill_ray.student.module import LossModule
 
 
@@ -45,21 +45,21 @@ class CodeProbe:
     @torch.no_grad()
     def look(self) -> tuple[float | None, float]:
         """(share of codes that changed since the last look, None at the first; share of zeros)."""
-        first = not self.codes
-        flipped, zeros, weights = 0, 0.0, 0
+        first, device = not self.codes, self.linears[0][1].weight.device
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # of flips, zeros, weights, and ranks that look first
+        sums[3] += first
         for place, (name, linear) in enumerate(self.linears):
             with whole_parameter(linear.weight):  # a collective under ZeRO-3: every rank enters for every linear
                 if place % self.ranks != self.rank:
                     continue
                 assert linear.spec is not None
                 quantized = quantize(linear.weight, linear.spec, alpha=linear.alpha, name=name)
-            codes, count = quantized.codes_NK, quantized.codes_NK.numel()
-            if place in self.codes:
-                flipped += int((codes != self.codes[place]).sum())
+            codes, before = quantized.codes_NK, self.codes.get(place)
+            flipped = 0 if before is None else (codes != before).sum()
             self.codes[place] = codes
-            zeros, weights = zeros + zero_fraction(quantized) * count, weights + count
-        device = self.linears[0][1].weight.device
-        sums = torch.tensor([flipped, zeros, weights, first], dtype=torch.float64, device=device)
+            sums[0] += flipped
+            sums[1] += zero_count(quantized)
+            sums[2] += codes.numel()
         if self.ranks > 1:
             dist.all_reduce(sums)
         flips, zeroed, total, newcomers = sums.tolist()

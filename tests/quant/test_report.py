@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitdistill_ray.core import Format, Granularity
-from bitdistill_ray.quant import code_histogram, flip_rate, quantize, zero_fraction
+from bitdistill_ray.quant import code_histogram, flip_rate, quantize, zero_count
 from tests.quant.cases import alpha_of, spec_of
 
 
@@ -23,8 +23,8 @@ def test_flip_rate_is_the_fraction_of_codes_that_differ() -> None:
 
 
 @pytest.mark.parametrize("format", list(Format))
-def test_zero_fraction_counts_values_not_codes(format: Format) -> None:
+def test_zero_count_counts_values_not_codes(format: Format) -> None:
     w = torch.cat([torch.zeros(3, 8), torch.ones(3, 4), -torch.ones(3, 4)], dim=1)
     spec = spec_of(format, Granularity.GROUP)
-    expected = 0.0 if format is Format.SEQ2 else 0.5  # seq2 has no level 0
-    assert zero_fraction(quantize(w, spec, alpha=alpha_of(w, spec, 1.0))) == expected
+    expected = 0 if format is Format.SEQ2 else 24  # seq2 has no level 0
+    assert zero_count(quantize(w, spec, alpha=alpha_of(w, spec, 1.0))) == expected
