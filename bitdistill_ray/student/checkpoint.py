@@ -53,6 +53,7 @@ class Checkpoints:
     stage      the stage's name
     attempt    a word that all ranks of this attempt share, and no other attempt
     zero       ZeRO stage of the engine
+    long       whether the engine has two long parameters in place of the model's own
     last, best how many are kept: the newest, and those of the lowest loss
     timeout_s  how long an upload may take, and how long it waits for the other ranks' ones
     say        prints a line where people see it
@@ -67,6 +68,7 @@ class Checkpoints:
         ranks: int,
         attempt: str,
         zero: int,
+        long: bool = False,
         last: int,
         best: int,
         timeout_s: float,
@@ -74,7 +76,7 @@ class Checkpoints:
     ) -> None:
         self.run, self.place = run, f"{FOLDER}/{stage}"
         self.rank, self.ranks, self.attempt, self.zero = rank, ranks, attempt, zero
-        self.last, self.best, self.timeout_s, self.say = last, best, timeout_s, say
+        self.last, self.best, self.timeout_s, self.say, self.long = last, best, timeout_s, say, long
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -100,7 +102,8 @@ class Checkpoints:
             words = f"no space left for the checkpoint of step {position.step}"
             raise StorageError(scratch, words, MORE_SPACE) from error
         name = f"step-{position.step:08}-{self.attempt}"
-        saved = Saved(folder=name, step=position.step, ranks=self.ranks, zero=self.zero, loss=loss)
+        saved = Saved(folder=name, step=position.step, ranks=self.ranks, zero=self.zero, loss=loss,
+                      long=self.long)  # fmt: skip
         self._pending = self._thread.submit(self._upload, scratch, saved)
 
     def wait(self) -> None:

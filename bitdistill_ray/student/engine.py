@@ -18,6 +18,7 @@ from torch import nn
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.stage_config import TrainStage
 from bitdistill_ray.student.gradient_norm import clip_unasked, norm_at_once
+from bitdistill_ray.student.layout import LongParameters
 
 SHARED_MEMORY_REDUCTION = "deepspeed_shm_comm"
 
@@ -26,11 +27,12 @@ def start_engine(
     module: nn.Module, *, stage: TrainStage, student: StudentConfig, steps: int, dtype: torch.dtype
 ) -> Any:
     """Wrap `module` for training; torch.distributed must be initialised (Ray Train has done it)."""
-    decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = module.matrices if isinstance(module, LongParameters) else [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if all(p is not m for m in matrices)]
     without_run_time_builds()
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=stage.learning_rate,
         betas=stage.betas,
         fused=True,

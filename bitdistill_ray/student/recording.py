@@ -2,8 +2,8 @@
 
 The pass of a small student is a few thousand short kernels, which Python hands to a GPU more slowly than it works them
 off.  A recording hands them over at once.  torch makes it (`torch.cuda.make_graphed_callables`); what is ours is the
-pass as a function of tensors alone.  Gradients leave it where they always do, so DeepSpeed and its accumulation do not
-notice.
+pass as a function of tensors alone.  Gradients leave it where they always do, at the parameters or at the two long ones
+that stand for them (`layout.py`), so DeepSpeed and its accumulation do not notice.
 
 It asks for parameters that stay where they are (ZeRO-0 to ZeRO-2), micro-batches of one shape, and a pass that never
 asks the device anything.  Between steps its activations keep their memory, which is the peak's and no more.
@@ -25,6 +25,7 @@ from bitdistill_ray.core import TeacherSignals, TokenBatch
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.taps import FLEX
+from bitdistill_ray.student.layout import Layout, OwnParameters
 from bitdistill_ray.student.module import LossModule
 
 WARM_UPS = 2  # passes before the recording: whatever compiles or allocates on first use has done so
@@ -50,10 +51,14 @@ def can_record(
 
 
 class Recording:
-    """`LossModule.loss` by replay.  The first call records, after which every call must have its shapes."""
+    """`LossModule.loss` by replay.  The first call records, after which every call must have its shapes.
 
-    def __init__(self, module: LossModule) -> None:
-        self._module, self._shapes, self._parameters = module, list[torch.Size](), list[Tensor]()
+    Gradients arrive at the leaves of `layout`.  On a CPU, which records nothing, it is the same function unrecorded.
+    """
+
+    def __init__(self, module: LossModule, layout: Layout | None = None) -> None:
+        self._module, self._layout = module, layout or OwnParameters(module)
+        self._shapes, self._places = list[torch.Size](), list[int]()
         self._replay: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None
 
     def __call__(
@@ -62,17 +67,22 @@ class Recording:
         """The objective, ready for its backward pass before the next call, and its parts.
 
         Raises:
-            ModelError: another shape than the first call's.
+            ModelError: another shape than the first call's, or parameters that have moved since.
         """
         tensors = [batch.ids_BT, batch.target_BT, batch.segment_BT, totals.counts, *tensors_of(signals)]
+        leaves = self._layout.leaves()
+        shapes, places = [tensor.shape for tensor in tensors], [leaf.data_ptr() for leaf in leaves]
         if self._replay is None:
-            run = _OnTensors(self._module, signals)
-            self._shapes, self._parameters = [tensor.shape for tensor in tensors], run.parameters()
-            self._replay = _record(run, (*(tensor.clone() for tensor in tensors), *run.aliases()))
-        if [tensor.shape for tensor in tensors] != self._shapes:
-            raise ModelError("micro-batch", f"has shapes {[list(t.shape) for t in tensors]}, recorded were "
-                             f"{[list(shape) for shape in self._shapes]}", "Set student.cuda_graph=false")  # fmt: skip
-        value, parts = self._replay(*tensors, *self._parameters)
+            self._shapes, self._places = shapes, places
+            run = _OnTensors(self._module, self._layout, signals)
+            aliases = [leaf.detach().requires_grad_() for leaf in leaves]
+            recorded = batch.ids_BT.is_cuda
+            self._replay = _record(run, (*(tensor.clone() for tensor in tensors), *aliases)) if recorded else run
+        if (shapes, places) != (self._shapes, self._places):
+            raise ModelError("micro-batch", f"has shapes {[list(s) for s in shapes]}, recorded were "
+                             f"{[list(s) for s in self._shapes]}, or its parameters have moved",
+                             "Set student.cuda_graph=false")  # fmt: skip
+        value, parts = self._replay(*tensors, *leaves)
         return value.clone(), {name: part.clone() for name, part in parts.items()}  # the next replay overwrites them
 
 
@@ -101,30 +111,21 @@ def _memory(device: torch.device) -> Any:
 
 
 class _OnTensors:
-    """The pass as a function of tensors: of a batch, its totals, what the teacher said, and the parameters.
+    """The pass as a function of tensors: of a batch, its totals, what the teacher said, and the leaves.
 
-    A parameter's gradient is made for whatever stream its accumulator was born on, which for one of DeepSpeed's is no
-    stream that records; so the recording differentiates by aliases of the parameters, which share their memory.
+    A leaf's gradient is made for whatever stream its accumulator was born on, which for one of DeepSpeed's is no stream
+    that records; so a recording is differentiated by aliases of the leaves, which share their memory.
     """
 
-    def __init__(self, module: LossModule, signals: TeacherSignals | None) -> None:
-        self.module, self._like = module, signals
-        self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-
-    def aliases(self) -> list[Tensor]:
-        """Leaves that share the parameters' memory."""
-        return [self.module.get_parameter(name).detach().requires_grad_() for name in self.names]
-
-    def parameters(self) -> list[Tensor]:
-        """The parameters themselves, whose gradients a replay hands out."""
-        return [self.module.get_parameter(name) for name in self.names]
+    def __init__(self, module: LossModule, layout: Layout, signals: TeacherSignals | None) -> None:
+        self.module, self.layout, self._like = module, layout, signals
+        self.leaves = len(layout.leaves())
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        ids_BT, target_BT, segment_BT, counts, *said = tensors[: -len(self.names)]
+        ids_BT, target_BT, segment_BT, counts, *said = tensors[: -self.leaves]
         batch = TokenBatch(ids_BT=ids_BT, target_BT=target_BT, segment_BT=segment_BT, sequence_ids=())
         signals = with_tensors(self._like, said)
-        named = dict(zip(self.names, tensors[-len(self.names) :], strict=True))
-        with _reparametrized(self.module, named):
+        with _reparametrized(self.module, self.layout.named(tensors[-self.leaves :])):
             return self.module.loss(batch, signals, Totals(counts))
 
 

@@ -52,13 +52,14 @@ def resume(
     place: Place,
     attempt: str,
     zero: int,
+    long: bool = False,
     device: torch.device,
     say: Callable[[str], None],
 ) -> Position:
     """Load the newest good checkpoint of this stage, if there is one, and return where it stood; collective.
 
     Raises:
-        ConfigError: it was saved under another ZeRO stage.
+        ConfigError: it was saved under another ZeRO stage, or with its parameters in another layout.
     """
     if place.rank == 0:
         sweep(run)
@@ -70,6 +71,11 @@ def resume(
     if saved.zero != zero:
         raise ConfigError("student.zero", f"{zero}, and the checkpoint of step {saved.step} is of ZeRO {saved.zero}",
                           f"Set student.zero={saved.zero} until this stage is finished")  # fmt: skip
+    if saved.long != long:
+        raise ConfigError("student.cuda_graph", f"the checkpoint of step {saved.step} was saved "
+                          f"{'with' if saved.long else 'without'} its layout of the parameters",
+                          f"Set student.cuda_graph={str(saved.long).lower()}, on GPUs as before, until this stage is "
+                          "finished")  # fmt: skip
     universal = saved.ranks != place.ranks and zero > 0
     if universal and place.rank == 0:
         say(f"the checkpoint of step {saved.step} is {saved.ranks} workers' and is divided among {place.ranks} now")

@@ -15,6 +15,7 @@ class Saved:
     ranks   workers that saved a part
     zero    ZeRO stage
     loss    mean training loss of the steps since the checkpoint before; None where it is not known
+    long    whether it holds two long parameters in place of the model's own (`layout.py`)
     """
 
     folder: str
@@ -22,6 +23,7 @@ class Saved:
     ranks: int
     zero: int
     loss: float | None = None
+    long: bool = False
 
 
 def kept(saved: Sequence[Saved], *, last: int, best: int) -> list[Saved]:

@@ -40,6 +40,7 @@ from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Answers, Inbox, Share
 from bitdistill_ray.student.job import Lesson, TrainJob
+from bitdistill_ray.student.layout import LongParameters, can_lay_out
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
 from bitdistill_ray.student.preemption import Notice, PreemptedError
@@ -99,8 +100,11 @@ class Worker:
         # a step's figures are read when the next step is on its way, so that no GPU waits for Python
         self.late, self.read_at = int(self.device.type == "cuda"), time.perf_counter()
         self.attempt = new_attempt(self.device)
+        self.layout = self._record(module)
         self.checkpoints = self._checkpoints()
-        self.engine = start_engine(module, stage=job.stage, student=student, steps=job.steps, dtype=self.dtype)
+        self.engine = start_engine(self.layout or module, stage=job.stage, student=student, steps=job.steps,
+                                   dtype=self.dtype)  # fmt: skip
+        self._adopt()
         if self.rank == 0:
             self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
                       f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
@@ -215,7 +219,9 @@ class Worker:
         place = Place(rank=self.rank, ranks=self.ranks, local_rank=context.get_local_rank(),
                       node=context.get_node_rank())  # fmt: skip
         position = resume(self.engine, run=self.job.run.storage, stage=self.job.stage_name, place=place, zero=zero,
-                          attempt=self.attempt, device=self.device, say=self._say)  # fmt: skip
+                          attempt=self.attempt, device=self.device, long=self.layout is not None,
+                          say=self._say)  # fmt: skip
+        self._adopt()
         if self.rank == 0:
             ray.get(self.job.feeder.resume.remote(position.ledger))
             ray.get(self.job.monitor.rewind.remote(position.step))
@@ -258,6 +264,7 @@ class Worker:
             ranks=self.ranks,
             attempt=self.attempt,
             zero=student.zero,
+            long=self.layout is not None,
             last=stage.keep_checkpoints,
             best=stage.keep_best,
             timeout_s=student.checkpoint_timeout_s,
@@ -315,7 +322,7 @@ class Worker:
         tapped = () if layer is None else (layer,)
         length, zero = self.job.config.data.sequence_length, self.job.config.student.zero
         self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=tapped)
-        module = LossModule(
+        return LossModule(
             self.model,
             objective_of(self.job.loss),
             chunk_tokens=self.job.config.student.chunk_tokens,
@@ -323,12 +330,23 @@ class Worker:
             gamma=self.lesson.gamma,
             relation_layer=layer,
         )
-        attention = self.model.config._attn_implementation
-        recorded, why = can_record(self.job.config.student, self.dtype, self.device, attention=attention)
-        if recorded:
-            module.replay = Recording(module)
+
+    def _record(self, module: LossModule) -> LongParameters | None:
+        """Have the pass recorded where that can be done; the layout that DeepSpeed is to see, if it is not its own."""
+        student, attention = self.job.config.student, self.model.config._attn_implementation
+        recorded, why = can_record(student, self.dtype, self.device, attention=attention)
         self.speed += f"; passes {'' if recorded else 'not '}recorded: {why}"
-        return module
+        layout = None
+        if can_lay_out(module, zero=student.zero, recorded=recorded):
+            layout = LongParameters(module, self.device)
+            self.speed += f", parameters laid out as {len(layout.leaves())}"
+        if recorded:
+            module.replay = Recording(module, layout)
+        return layout
+
+    def _adopt(self) -> None:
+        if self.layout is not None:
+            self.layout.adopt()
 
     def _publish(self) -> None:
         """Gather the working copy on rank 0 and publish it; ZeRO-3 gathers one parameter at a time."""

@@ -18,6 +18,7 @@ from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.stage_config import LossConfig
+from bitdistill_ray.student.layout import LongParameters, OwnParameters
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.recording import Recording, can_record, tensors_of, with_tensors
@@ -94,22 +95,27 @@ def said(teacher: nn.Module, batch: TokenBatch) -> TeacherSignals:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
+@pytest.mark.parametrize("long", [False, True], ids=["own", "long"])
 @pytest.mark.parametrize(
     ("case", "loss"), [*(("llama", loss) for loss in LOSSES), *((case, "kl") for case in EVERY_CASE if case != "llama")]
 )
-def test_a_replay_gives_loss_and_gradients_of_the_pass(case: str, loss: str) -> None:
+def test_a_replay_gives_loss_and_gradients_of_the_pass(case: str, loss: str, *, long: bool) -> None:
     torch._dynamo.reset()
     module, teacher = student_on_gpu(case, LOSSES[loss])
-    recording = Recording(module)
+    layout = LongParameters(module, GPU) if long else OwnParameters(module)
+    recording = Recording(module, layout)
     for batch in BATCHES:
         batch = batch.to(GPU)
         signals, totals = said(teacher, batch), Totals.count(batch.labels_BT, batch.segment_BT)
         found = []
         for run in (recording, module.loss):
-            module.zero_grad()
+            leaves = layout.leaves() if run is recording else list(module.parameters())
+            for leaf in leaves:
+                leaf.grad = None
             value, parts = run(batch, signals, totals)
             (value / 3).backward()
-            found.append((value, parts, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}))
+            named = layout.named if run is recording else OwnParameters(module).named
+            found.append((value, parts, named([leaf.grad for leaf in leaves])))
         (value, parts, grads), (own_value, own_parts, own_grads) = found
         torch.testing.assert_close(value, own_value, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(parts, own_parts, rtol=1e-5, atol=1e-6)
