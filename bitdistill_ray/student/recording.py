@@ -99,15 +99,18 @@ def _record(run: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # the recording has memory of its own, and needs as much
     return torch.cuda.make_graphed_callables(
-        run, inputs, num_warmup_iters=0, allow_unused_input=True, pool=_memory(inputs[0].device)
+        run, inputs, num_warmup_iters=0, allow_unused_input=True, pool=_memory(inputs[0].device).pool()
     )
 
 
 @cache
-def _memory(device: torch.device) -> Any:
-    """One memory for all recordings of a process: a pass ends, with its backward pass, before another's begins."""
-    with torch.cuda.device(device):
-        return torch.cuda.graph_pool_handle()
+def _memory(device: torch.device) -> torch.cuda.CUDAGraph:
+    """The owner of one memory for all recordings of a process: a pass ends, with its backward pass, before another's
+    begins.  It is a recording too, and stays: memory whose last recording is gone cannot be recorded into again."""
+    owner = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(owner):
+        torch.zeros(1, device=device)
+    return owner
 
 
 class _OnTensors:
