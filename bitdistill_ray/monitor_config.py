@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import Strict
+from bitdistill_ray.stage_config import Strict, TextConfig
 
 
 class WandbConfig(Strict):
@@ -37,6 +37,12 @@ class MonitorConfig(Strict):
     """Steps between measurements of the codes' flip rate and share of zeros; 0: never."""
     gradients_every: int = Field(0, ge=0)
     """Steps between measurements of each loss term's gradient norm, a pass of its own for every term; 0: never."""
+    quality_every: int = Field(0, ge=0)
+    """Steps between measurements of perplexity and, where there is a teacher, KL and agreement; 0: never."""
+    quality_texts: tuple[TextConfig, ...] = ()
+    """What they are measured on, in windows of `data.sequence_length`; empty: the excerpt that ships."""
+    quality_tokens: int = Field(32_768, ge=8)
+    """Of each text, at most so many."""
     report: bool = True
     """Write `report.html` when the run ends."""
     tensorboard: bool = True
@@ -45,6 +51,13 @@ class MonitorConfig(Strict):
     """Offer the latest figures to Prometheus through Ray's metrics agent of the monitor's node."""
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
+
+    @model_validator(mode="after")
+    def _measured(self) -> MonitorConfig:
+        if self.quality_texts and not self.quality_every:
+            raise ConfigError("monitor.quality_texts", "given, and monitor.quality_every is 0",
+                              "Set monitor.quality_every=100, or leave the texts out")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _installed(self) -> MonitorConfig:

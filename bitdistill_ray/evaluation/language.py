@@ -14,17 +14,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluation.metric import Metric, bootstrap
-from bitdistill_ray.losses.divergence import kl_divergence
+from bitdistill_ray.losses.quality import quality_sums
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 
-CHUNK = 1024  # tokens whose logits exist at a time
 WINDOWS_AT_A_TIME = 8
 
 
@@ -54,9 +52,10 @@ def measure(
     for batch in _batches(ids_WT):
         student_BTD, teacher_BTD = _hidden(student, batch), None if alone else _hidden(teacher, batch)
         rows = [
-            _sums(student, teacher, student_TD[:-1], None if teacher_BTD is None else teacher_BTD[row, :-1], ids_T[1:])
+            quality_sums(LMHead(student), student_TD[:-1], ids_T[1:], LMHead(teacher),
+                         None if teacher_BTD is None else teacher_BTD[row, :-1])
             for row, (student_TD, ids_T) in enumerate(zip(student_BTD, batch.ids_BT, strict=True))
-        ]
+        ]  # fmt: skip
         means += (torch.stack(rows) / (ids_WT.shape[1] - 1)).tolist()
     nll, kl, same = np.array(means).T
     windows, context = ids_WT.shape
@@ -82,21 +81,3 @@ def _batches(ids_WT: Tensor) -> Iterator[TokenBatch]:
 @torch.no_grad()
 def _hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
     return hidden_states(model, batch.to(next(model.parameters()).device))
-
-
-@torch.no_grad()
-def _sums(
-    student: nn.Module, teacher: nn.Module, student_TD: Tensor, teacher_TD: Tensor | None, labels_T: Tensor
-) -> Tensor:
-    """float64 [3] on the student's device: negative log-likelihood, KL and agreement, summed over a window's tokens."""
-    sums = torch.zeros(3, dtype=torch.float64, device=student_TD.device)
-    for first in range(0, len(labels_T), CHUNK):
-        piece = slice(first, first + CHUNK)
-        log_s_TV = LMHead(student)(student_TD[piece]).float().log_softmax(-1)
-        labels = labels_T[piece].to(log_s_TV.device)
-        found = [F.nll_loss(log_s_TV, labels, reduction="sum"), sums.new_zeros(()), sums.new_zeros(())]
-        if teacher_TD is not None:
-            log_t_TV = LMHead(teacher)(teacher_TD[piece]).float().log_softmax(-1).to(log_s_TV.device)
-            found[1:] = [kl_divergence(log_t_TV, log_s_TV).sum(), (log_t_TV.argmax(-1) == log_s_TV.argmax(-1)).sum()]
-        sums += torch.stack([value.double() for value in found])
-    return sums

@@ -14,6 +14,8 @@ Row = dict[str, Any]
 Value = Callable[[Row], float | None]
 TABLE_ROWS = 40
 COLUMNS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "teacher_wait_s", "data_wait_s")
+QUALITY = (("ppl:", "Perplexity", "on held-out text"), ("kl:", "KL to the teacher", "nats a token, on held-out text"),
+           ("agreement:", "Agreement with the teacher", "share of tokens, on held-out text"))  # fmt: skip
 
 
 def stage_charts(rows: Sequence[Row]) -> Markup:
@@ -45,6 +47,11 @@ def stage_charts(rows: Sequence[Row]) -> Markup:
     if _any(rows, "zeros"):
         charts.append(line_chart("Weights at zero", [series("zeros", rows, lambda r: _times(r.get("zeros"), 100))],
                                  note="%"))  # fmt: skip
+    for prefix, title, note in QUALITY:
+        texts = [name for name in dict.fromkeys(key for row in rows for key in row) if name.startswith(prefix)]
+        if texts:
+            curves = [series(name.removeprefix(prefix), rows, of(name)) for name in texts]
+            charts.append(line_chart(title, curves, note=note))
     norms = [name for name in parts if _any(rows, f"grad_norm_{name}")]
     if norms:
         curves = [series(name, rows, of(f"grad_norm_{name}")) for name in norms]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.data.batch import token_batch
-from bitdistill_ray.data.encoder import StoredEncoder
+from bitdistill_ray.data.encoder import Encoder, StoredEncoder
 from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.sources import CorpusSpec, Source
+from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import SourceConfig, TrainStage
+from bitdistill_ray.evaluation.suite import excerpt
+from bitdistill_ray.stage_config import SourceConfig, TextConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext
+from bitdistill_ray.student.quality import cut
 
 WRITTEN = "written"
 
@@ -58,6 +65,28 @@ def first_batches(corpus: CorpusSpec, sequences: int, *, batch: int = 4) -> list
         return [token_batch(feeder.batch(step)) for step in range(-(-sequences // batch))]
     finally:
         feeder.close()
+
+
+def texts_of(context: StageContext, texts: Iterable[TextConfig]) -> dict[str, str]:
+    """Texts to measure on, whole, by name."""
+    found = {}
+    for text in texts:
+        rows = read_texts(source_of(context, SourceConfig(path=text.path, text_column=text.text_column)))
+        found[text.name] = text.join.join(rows)
+    return found
+
+
+def quality_windows(context: StageContext, encoder: Encoder) -> dict[str, np.ndarray]:
+    """What a training stage measures now and then: windows of a training sequence's length of `monitor.quality_texts`.
+
+    Raises:
+        DataError: a text that is shorter than one window.
+    """
+    monitor = context.config.monitor
+    texts = texts_of(context, monitor.quality_texts) or {"excerpt": excerpt()}
+    ids = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
+    length, most = context.config.data.sequence_length, monitor.quality_tokens
+    return {name: cut(name, tokens[:most], length) for name, tokens in ids.items()}
 
 
 def source_of(context: StageContext, source: SourceConfig) -> Source:

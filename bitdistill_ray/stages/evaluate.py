@@ -18,7 +18,7 @@ from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.stage_config import EvaluateStage, SourceConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
-from bitdistill_ray.stages.corpus import source_of
+from bitdistill_ray.stages.corpus import source_of, texts_of
 from bitdistill_ray.stages.notes import Notes
 
 NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed-gptq": "GPTQ only",
@@ -69,7 +69,4 @@ def gather_texts(context: StageContext, options: EvaluateStage) -> dict[str, str
         texts["written"] = "\n\n".join(read_texts(source_of(context, SourceConfig(path=held_out))))
     if options.excerpt:
         texts["excerpt"] = excerpt()
-    for text in options.texts:
-        rows = read_texts(source_of(context, SourceConfig(path=text.path, text_column=text.text_column)))
-        texts[text.name] = text.join.join(rows)
-    return texts
+    return texts | texts_of(context, options.texts)

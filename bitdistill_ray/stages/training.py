@@ -34,7 +34,7 @@ from bitdistill_ray.sigterm import Terminated, sigterm_calls
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import begun
-from bitdistill_ray.stages.corpus import corpus_of
+from bitdistill_ray.stages.corpus import corpus_of, quality_windows
 from bitdistill_ray.stages.room import Room, placing
 from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
@@ -63,8 +63,8 @@ def train(context: StageContext) -> StageRecord:
     monitor = (
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
     )
-    encoder = StoredEncoder.of(load_encoder(tokenizer), context.run.storage, context.path("encoder.json"))
-    corpus = corpus_of(context, encoder)
+    encoder = load_encoder(tokenizer)
+    corpus = corpus_of(context, StoredEncoder.of(encoder, context.run.storage, context.path("encoder.json")))
     feeder = start_feeder(corpus, sequences_per_step=options.batch_sequences)
     job = TrainJob(
         config=config,
@@ -78,6 +78,7 @@ def train(context: StageContext) -> StageRecord:
         feeder=feeder,
         monitor=monitor,
         relation_layer=loss.relation.layer if loss.relation else None,
+        quality=quality_windows(context, encoder) if config.monitor.quality_every else {},
     )
     with ExitStack() as stack:
         stack.callback(ray.kill, feeder)

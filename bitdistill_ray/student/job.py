@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from bitdistill_ray.config import Config
 from bitdistill_ray.model.identity import ModelIdentity
@@ -35,6 +38,7 @@ class TrainJob:
     output         where the trained weights are published, relative to the run
     monitor        keeps the rows, and has the Lesson
     relation_layer the teacher's layer that relations are taken from
+    quality        windows of held-out texts to measure while it trains (`quality.Windows`)
     """
 
     config: Config
@@ -48,6 +52,7 @@ class TrainJob:
     feeder: Any
     monitor: Any
     relation_layer: int | None = None
+    quality: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def stage(self) -> TrainStage:

@@ -45,6 +45,11 @@ class LossModule(nn.Module):
         self._heads = (LMHead(model), teacher_head)  # in a tuple, where nn.Module does not look for submodules
         self.replay: Pass | None = None
 
+    @property
+    def teacher_head(self) -> Callable[[Tensor], Tensor] | None:
+        """The frozen head of a teacher that sends hidden states."""
+        return self._heads[1]
+
     def forward(
         self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -5,6 +5,7 @@
     zeros          share of the quantised weights that are exactly 0
     grad_norm_X    L2 norm of the gradient that term X, with its weight, has over all trained weights
     grad_norm_ratio   with two terms: the second's norm over the first's
+    ppl:TEXT, kl:TEXT, agreement:TEXT   on held-out texts (`quality.py`)
 
 Codes: each rank measures its share of the linears and the counts are added up, so that the cost and the copy of the
 codes (one byte a weight) divide by the ranks; ZeRO-3's shards are gathered one matrix at a time.  Gradients: one more
@@ -31,6 +32,7 @@ from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.quant import quantize
 from bitdistill_ray.quant.report import zero_count
 from bitdistill_ray.student.module import LossModule
+from bitdistill_ray.student.quality import QualityProbe
 
 
 class CodeProbe:
@@ -92,7 +94,7 @@ def single_terms(objective: Objective) -> dict[str, Objective]:
 
 
 class Probes:
-    """Both, at their steps, for one rank of a training stage.
+    """All of them, at their steps, for one rank of a training stage.
 
     The worker calls `start` before its first step, `micro` with every micro-batch, and `take` after every step.
     """
@@ -105,9 +107,12 @@ class Probes:
         rank: int,
         ranks: int,
         zero: int,
+        steps: int,
+        quality: QualityProbe | None = None,
         say: Callable[[str], object],
     ) -> None:
-        self.module, self.ranks = module, ranks
+        self.module, self.ranks, self.steps = module, ranks, steps
+        self.quality, self.quality_every = quality, config.quality_every
         codes = CodeProbe(module.model, rank=rank, ranks=ranks) if config.codes_every else None
         self.codes = codes if codes and codes.linears else None  # `finetune` has none
         self.codes_every, self.gradients_every = config.codes_every, config.gradients_every
@@ -138,6 +143,8 @@ class Probes:
             if flip_rate is not None:
                 figures |= {"flip_rate": flip_rate, "flip_steps": self.done - self.looked_at}
             figures["zeros"], self.looked_at = zeros, self.done
+        if self.quality and (self.done % self.quality_every == 0 or self.done == self.steps):
+            figures |= self.quality.look()
         return figures
 
     def _gradients(self) -> dict[str, float]:

@@ -45,6 +45,7 @@ from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of, student_layer
 from bitdistill_ray.student.preemption import Notice, PreemptedError
 from bitdistill_ray.student.probes import Probes
+from bitdistill_ray.student.quality import AskedTeacher, QualityProbe
 from bitdistill_ray.student.recording import Recording, can_record
 from bitdistill_ray.student.resume import Place, new_attempt, resume
 from bitdistill_ray.teacher import wire
@@ -94,7 +95,8 @@ class Worker:
         self.lesson = self._lesson()
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
-        self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, say=self._say)
+        self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, steps=job.steps,
+                             quality=self._quality(module), say=self._say)  # fmt: skip
         self.stop, self.told = torch.zeros(()), False  # more than 0, and known, when a rank was told to go
         self.unread: deque[Outcome] = deque()
         # a step's figures are read when the next step is on its way, so that no GPU waits for Python
@@ -313,9 +315,7 @@ class Worker:
     def _module(self) -> LossModule:
         teacher_head, layer = None, None
         if self.client is not None and self.job.config.teacher.payload is Payload.HIDDEN:
-            message = Roster.of(self.lesson.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
-            names = {name.removesuffix(":bf16") for name in message}
-            teacher_head = FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
+            teacher_head = self._teacher_head()
         if self.job.relation_layer is not None:
             teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
             layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
@@ -330,6 +330,21 @@ class Worker:
             gamma=self.lesson.gamma,
             relation_layer=layer,
         )
+
+    def _teacher_head(self) -> FrozenHead:
+        message = Roster.of(self.lesson.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
+        names = {name.removesuffix(":bf16") for name in message}
+        return FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
+
+    def _quality(self, module: LossModule) -> QualityProbe | None:
+        if not self.job.quality:
+            return None
+        probe = QualityProbe(module, self.job.quality, rank=self.rank, ranks=self.ranks,
+                             micro_batch=self.job.config.student.micro_batch, device=self.device)  # fmt: skip
+        if self.client is not None:
+            head = module.teacher_head or self._teacher_head()
+            probe.ask(AskedTeacher(Roster.of(self.lesson.teachers), head, self.job.config.teacher.timeout_s))
+        return probe
 
     def _record(self, module: LossModule) -> LongParameters | None:
         """Have the pass recorded where that can be done; the layout that DeepSpeed is to see, if it is not its own."""

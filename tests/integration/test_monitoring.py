@@ -29,13 +29,16 @@ def trained(root: Path, name: str, *overrides: str) -> list[dict[str, Any]]:
 
 def test_a_measured_run_has_the_rows_of_one_that_is_not(alone: Path, victim: Path) -> None:
     run(tiny_config(alone.parent, *overrides_of(alone.parent), "monitor.codes_every=2", "monitor.gradients_every=3",
-                    "monitor.tensorboard=true", run=str(victim)))  # fmt: skip
+                    "monitor.tensorboard=true", "monitor.quality_every=3", run=str(victim)))  # fmt: skip
     same_rows(victim, alone)
     measured = rows_of(victim)
     assert [row["step"] for row in measured if "flip_rate" in row] == [1, 3, 5, 7]
     assert [row["step"] for row in measured if row.get("grad_norm_cakld", 0) > 0] == [2, 5]
+    looked = [row for row in measured if "ppl:excerpt" in row]
+    assert [row["step"] for row in looked] == [2, 5, 7]
+    assert all(row["kl:excerpt"] > 0 and 0 <= row["agreement:excerpt"] <= 1 for row in looked)
     report = (victim / "report.html").read_text(encoding="utf-8")
-    for shown in ("Codes that change", "down_proj", figure(measured[-1]["loss"])):
+    for shown in ("Codes that change", "KL to the teacher", "down_proj", figure(measured[-1]["loss"])):
         assert shown in report
     assert list((victim / "tensorboard/distill").glob("events.out.tfevents.*"))
 

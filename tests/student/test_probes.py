@@ -78,7 +78,7 @@ def test_a_terms_norm_is_that_of_its_weighted_gradient_alone_and_training_is_lef
 def test_probes_look_at_their_steps_and_put_their_figures_into_the_row() -> None:
     module = module_of(LOSS)
     config = MonitorConfig(codes_every=2, gradients_every=3)
-    probes = Probes(module, config, rank=0, ranks=1, zero=1, say=print)
+    probes = Probes(module, config, rank=0, ranks=1, zero=1, steps=9, say=print)
     probes.start(1)
     rows = []
     for _ in range(5):
@@ -99,7 +99,7 @@ def test_probes_look_at_their_steps_and_put_their_figures_into_the_row() -> None
 def test_zero_3_says_that_gradients_are_left_out() -> None:
     said: list[str] = []
     config = MonitorConfig(codes_every=0, gradients_every=1)
-    probes = Probes(module_of(LOSS), config, rank=0, ranks=1, zero=3, say=said.append)
+    probes = Probes(module_of(LOSS), config, rank=0, ranks=1, zero=3, steps=9, say=said.append)
     probes.start(0)
     probes.micro(BATCH, signals(), TOTALS)
     assert probes.take() == {}
