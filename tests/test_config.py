@@ -205,7 +205,7 @@ def test_monitoring_is_checked_like_the_rest() -> None:
         check(tree(data="/corpus", monitor={"gradient_every": 5}))
     texts = [{"name": "wiki", "path": "wiki.txt"}]
     assert check(tree(data="/corpus", monitor={"quality_every": 9, "quality_texts": texts})).monitor.quality_every == 9
-    with pytest.raises(ConfigError, match="monitor.quality_texts: given, and monitor.quality_every is 0"):
+    with pytest.raises(ConfigError, match=r"monitor\.quality_texts: given, and monitor\.quality_every is 0"):
         check(tree(data="/corpus", monitor={"quality_texts": texts}))
 
 
