@@ -27,8 +27,8 @@ class Board:
         self.lines.append(line)
 
     def expect(self, total: int) -> None:
-        """Start a progress bar of `total` things."""
-        self.done, self.total = 0, total
+        """So many things more are to be done, for the progress bar; each part of the work says it once."""
+        self.total += total
 
     def advance(self) -> None:
         """One thing more is done."""

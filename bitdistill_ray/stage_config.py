@@ -144,6 +144,15 @@ class CalibratedStage(Strict):
     """Measure each block on what the blocks before it give once they are quantised, so that it sees their errors."""
     exclude: tuple[str, ...] = ()
     """Linears that stay as they are."""
+    tasks: int = Field(1, ge=1)
+    """Ray tasks that share the blocks, each with the resources of a student worker; what comes of it is the same."""
+
+    @model_validator(mode="after")
+    def _independent(self) -> CalibratedStage:
+        if self.tasks > 1 and self.quantised_inputs:
+            raise ConfigError("tasks", f"{self.tasks} with quantised_inputs, where a block waits for those before it",
+                              "Set tasks=1, or quantised_inputs=false")  # fmt: skip
+        return self
 
 
 class GPTQStage(CalibratedStage):

@@ -14,21 +14,19 @@ from bitdistill_ray.quant import initial_alpha, search_scales
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import AWQStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.calibration import Calibration, whole_moments
-from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.calibration import Calibration, calibrated, whole_moments
 from bitdistill_ray.stages.notes import Notes
 
 
 @stage("awq")
 def awq(context: StageContext) -> StageRecord:
     """Publish `student/`, whose channels are scaled."""
-    return on_cluster(_awq, context)
+    return calibrated(_awq, context, role="awq")
 
 
-def _awq(context: StageContext, notes: Notes) -> StageRecord:
-    options = context.stage
+def _awq(student: Calibration, notes: Notes) -> tuple[float, float]:
+    options = student.options
     assert isinstance(options, AWQStage)
-    student = Calibration.load(context)
     before, after = 0.0, 0.0
     for block in student.blocks(notes, whole_moments):
         name_of = {linear: name for name, linear in block.linears.items()}
@@ -46,4 +44,4 @@ def _awq(context: StageContext, notes: Notes) -> StageRecord:
             if isinstance(linear, QuantLinear) and linear.alpha is not None and linear.spec is not None:
                 with torch.no_grad():
                     linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
-    return student.publish("awq", before=before, after=after)
+    return before, after

@@ -13,21 +13,19 @@ from bitdistill_ray.quant import ClipGrid, ClipStatistics, apply_clip, initial_a
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import ClipStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.calibration import Calibration
-from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.calibration import Calibration, calibrated
 from bitdistill_ray.stages.notes import Notes
 
 
 @stage("clip")
 def clip(context: StageContext) -> StageRecord:
     """Publish `student/`, whose latent weights are clipped."""
-    return on_cluster(_clip, context)
+    return calibrated(_clip, context, role="clipped")
 
 
-def _clip(context: StageContext, notes: Notes) -> StageRecord:
-    options = context.stage
+def _clip(student: Calibration, notes: Notes) -> tuple[float, float]:
+    options = student.options
     assert isinstance(options, ClipStage)
-    student = Calibration.load(context)
     grid, before, after = ClipGrid(steps=options.grid, max_shrink=options.shrink), 0.0, 0.0
     for name, linear, statistics in student.each(notes, _group_moments):
         assert linear.spec is not None
@@ -38,7 +36,7 @@ def _clip(context: StageContext, notes: Notes) -> StageRecord:
                 linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
         before += float(ranges.error_before_RG.sum())
         after += float(ranges.error_after_RG.sum())
-    return student.publish("clipped", before=before, after=after)
+    return before, after
 
 
 def _group_moments(linear: QuantLinear) -> ClipStatistics:

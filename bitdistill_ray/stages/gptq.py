@@ -12,21 +12,19 @@ from bitdistill_ray.quant import ClipStatistics, apply_clip, initial_alpha, sear
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import GPTQStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.calibration import Calibration, whole_moments
-from bitdistill_ray.stages.cluster import on_cluster
+from bitdistill_ray.stages.calibration import Calibration, calibrated, whole_moments
 from bitdistill_ray.stages.notes import Notes
 
 
 @stage("gptq")
 def gptq(context: StageContext) -> StageRecord:
     """Publish `student/`, whose latent weights have GPTQ's codes."""
-    return on_cluster(_gptq, context)
+    return calibrated(_gptq, context, role="gptq")
 
 
-def _gptq(context: StageContext, notes: Notes) -> StageRecord:
-    options = context.stage
+def _gptq(student: Calibration, notes: Notes) -> tuple[float, float]:
+    options = student.options
     assert isinstance(options, GPTQStage)
-    student = Calibration.load(context)
     before, after = 0.0, 0.0
     for name, linear, moments in student.each(notes, whole_moments):
         spec, like_NK = linear.spec, None
@@ -42,4 +40,4 @@ def _gptq(context: StageContext, notes: Notes) -> StageRecord:
             if linear.alpha is not None and alpha is not None:
                 linear.alpha.copy_(alpha)
         before, after = before + solved.error_before, after + solved.error_after
-    return student.publish("gptq", before=before, after=after)
+    return before, after
