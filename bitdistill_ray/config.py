@@ -227,6 +227,8 @@ class Config(Strict):
 
     run: str = "runs/demo"
     """Folder or `s3://…` of everything the run leaves; the same folder continues the same run."""
+    branch: str | None = None
+    """Another run, whose finished stages are taken over as far as their configuration is this run's."""
     model: ModelConfig = ModelConfig()
     quant: QuantConfig = QuantConfig()
     data: DataConfig = DataConfig()

@@ -9,7 +9,8 @@
     report.html         curves, weights and tables of all that, readable without a network
     tensorboard/NAME/   event files of each training stage
 
-A finished stage is not repeated.  `done.json` carries the part of the configuration that the stage depends on: when
+A finished stage is not repeated, and `branch` takes those of another run over: the runs of a table of comparisons share
+what they begin with.  `done.json` carries the part of the configuration that the stage depends on: when
 that changed, the run is refused with the name of the key, since its folder would otherwise mix two experiments.
 """
 
@@ -32,7 +33,8 @@ from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import Storage
 
 DONE = "done.json"
-RESOURCES = ("teacher", "student", "storage", "run", "stages", "monitor")  # how and where a run computes, not what
+RESOURCES = ("teacher", "student", "storage", "run", "branch", "stages", "monitor")  # how a run computes, not what
+STAGE_RESOURCES = ("tasks",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +100,37 @@ class RunFolder:
     def depends_on(self, name: str) -> dict[str, Any]:
         """The configuration that decides what stage `name` makes: everything but resources, and the stages so far."""
         tree = self.config.model_dump(mode="json")
-        stages = list(tree["stages"].items())
+        stages = [(stage, {k: v for k, v in section.items() if k not in STAGE_RESOURCES})
+                  for stage, section in tree["stages"].items()]  # fmt: skip
         until = [stage for stage, _ in stages].index(name) + 1
         return {**{k: v for k, v in tree.items() if k not in RESOURCES}, "stages": dict(stages[:until])}
+
+    def take_over(self, name: str) -> StageRecord | None:
+        """Copy stage `name` of the run that this one branches from; None where that has it not, or another.
+
+        Raises:
+            ConfigError: there is no such run.
+        """
+        if self.config.branch is None:
+            return None
+        source, path = storage_opener(self.config.storage)(self.config.branch), f"stages/{name}"
+        if not source.exists("config.yaml"):
+            raise ConfigError("branch", f"there is no run at {self.config.branch}",
+                              "Name a run's folder, or leave it out")  # fmt: skip
+        if not source.exists(f"{path}/{DONE}"):
+            return None
+        done = json.loads(source.read_bytes(f"{path}/{DONE}"))
+        changed = _first_difference(done.pop("depends_on"), self.depends_on(name))
+        if changed:
+            print(f"[{name}] not taken over from {self.config.branch}, whose {changed} is another", flush=True)
+            return None
+        for place in sorted(set(done["artefacts"].values())):
+            with self.publish(place) as folder:
+                source.download_folder(place, folder, complete=True)
+        record = StageRecord(**done)
+        self.finish(record)
+        print(f"[{name}] taken over from {self.config.branch}", flush=True)
+        return record
 
     def latest(self, role: str, before: str | None = None) -> str | None:
         """The newest artefact of `role` (`student`, `teacher`, `text`, `packed`, …) of a finished stage.

@@ -35,7 +35,7 @@ def run(config: Config) -> dict[str, Any]:
 
         record_machine(folder)
         for name, stage in config.stages.items():
-            if folder.finished(name):
+            if folder.finished(name) or folder.take_over(name):
                 print(f"[{name}] finished before, skipped", flush=True)
                 continue
             began = time.monotonic()

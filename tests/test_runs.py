@@ -168,3 +168,42 @@ def test_provenance_is_json_and_says_where_a_student_comes_from(runs: Runs) -> N
     assert (said["stage"], said["data"]) == ("distill", ["s3://bucket/corpus"])
     assert said["recipe"]["quant"]["format"] == "int2"
     assert {"bitdistill-ray", "python", "torch", "ray", "deepspeed", "transformers"} == set(said["versions"])
+
+
+def test_a_branch_takes_over_what_is_the_same_and_nothing_after_it(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = runs.open("stages.clip.tasks=3")
+    trunk.begin()
+    for name, role in (("write", "text"), ("refine", "student"), ("clip", "student")):
+        publish(trunk, f"stages/{name}/{role}", weights=f"of {name}")
+        trunk.finish(StageRecord(name, name, {role: f"stages/{name}/{role}"}, {"seconds": 1.0}))
+    where = trunk.storage.url
+    branch = RunFolder(runs.config("stages.clip.grid=7", f"branch={where}").model_copy(update={"run": f"{where}-b"}))
+    assert branch.take_over("write") == trunk.finished("write")
+    assert branch.take_over("refine") is not None
+    assert branch.take_over("clip") is None
+    said = capsys.readouterr().out
+    assert f"[refine] taken over from {where}" in said
+    assert f"[clip] not taken over from {where}, whose stages.clip.grid is another" in said
+    assert branch.take_over("distill") is None  # which the trunk has not
+    assert branch.latest("student") == "stages/refine/student"
+    assert content(branch, "stages/refine/student") == {"weights": "of refine"}
+    assert content(trunk, "stages/refine/student") == {"weights": "of refine"}
+    same = RunFolder(runs.config(f"branch={where}").model_copy(update={"run": f"{where}-c"}))
+    assert same.take_over("clip") is not None  # how many tasks made it does not matter
+
+
+def test_a_branch_of_no_run_is_refused(runs: Runs) -> None:
+    assert runs.open().take_over("write") is None
+    with pytest.raises(ConfigError, match=r"branch: there is no run at .*nowhere"):
+        runs.open(f"branch={runs.open().storage.url}/nowhere").take_over("write")
+
+
+def test_a_run_from_before_a_key_goes_on(runs: Runs) -> None:
+    run = runs.open()
+    publish(run, "stages/clip/student", weights="w")
+    run.finish(StageRecord("clip", "clip", {"student": "stages/clip/student"}))
+    path = "stages/clip/done.json"
+    assert "tasks" not in json.loads(run.storage.read_bytes(path))["depends_on"]["stages"]["clip"]
+    assert run.finished("clip") is not None
