@@ -17,19 +17,25 @@ from bitdistill_ray.report.markup import Markup, element
 WIDTH, HEIGHT = 520.0, 230.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 30.0
 POINTS, BANDS = 400, 120
+COLOURS = 6  # in style.css
 SMOOTH_FROM = 40  # points; a shorter curve is drawn as it is
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One curve: (step, value), in order."""
+    """One curve: (step, or whatever the axis counts, and value), in order."""
 
     name: str
     points: tuple[Point, ...]
 
 
-def line_chart(title: str, series: Sequence[Series], *, note: str = "", from_zero: bool = False) -> Markup:
-    """A figure with its caption; series without finite points are left out, and a chart without series says so."""
+def line_chart(
+    title: str, series: Sequence[Series], *, note: str = "", from_zero: bool = False, over: str = "step"
+) -> Markup:
+    """A figure with its caption; series without finite points are left out, and a chart without series says so.
+
+    `over` names what the horizontal axis counts.
+    """
     drawn = [s for s in map(_finite, series) if s.points]
     heading = element("figcaption", element("strong", title), element("span", note, class_="note") if note else None)
     if not drawn:
@@ -44,10 +50,12 @@ def line_chart(title: str, series: Sequence[Series], *, note: str = "", from_zer
         *_grid(y, y_ticks),
         *(element("text", f"{t:,.0f}", x=x(t), y=HEIGHT - 10, text_anchor="middle", class_="tick") for t in x_ticks),
         *(curve for i, s in enumerate(drawn) for curve in _curves(s, i, x, y)),
-        *_bands(drawn, x),
+        *_bands(drawn, x, over),
     ]
     said = "; ".join(_summary(s) for s in drawn)
-    svg = element("svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=f"{title} by step. {said}")
+    svg = element(
+        "svg", *parts, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=f"{title} by {over}. {said}"
+    )
     return element("figure", heading, _legend(drawn), svg)
 
 
@@ -73,13 +81,18 @@ def _curves(series: Series, index: int, x: Scale, y: Scale) -> list[Markup]:
     points = thin(series.points, POINTS)
     if len(points) == 1:
         [(step, value)] = points
-        return [element("circle", cx=x(step), cy=y(value), r=3, class_=f"dot series-{index}")]
-    raw = element("path", d=path(points, x, y), fill="none", class_=f"curve series-{index}")
+        return [element("circle", cx=x(step), cy=y(value), r=3, class_=f"dot {colour(index)}")]
+    raw = element("path", d=path(points, x, y), fill="none", class_=f"curve {colour(index)}")
     if len(points) < SMOOTH_FROM:
         return [raw]
-    faint = element("path", d=path(points, x, y), fill="none", class_=f"curve faint series-{index}")
+    faint = element("path", d=path(points, x, y), fill="none", class_=f"curve faint {colour(index)}")
     smoothed = smooth(points, len(points) / 40)
-    return [faint, element("path", d=path(smoothed, x, y), fill="none", class_=f"curve series-{index}")]
+    return [faint, element("path", d=path(smoothed, x, y), fill="none", class_=f"curve {colour(index)}")]
+
+
+def colour(index: int) -> str:
+    """The style's classes for the curve of this number: six colours, and the same ones dashed for those after them."""
+    return f"series-{index % COLOURS}" + (" dashed" if index >= COLOURS else "")
 
 
 def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
@@ -87,7 +100,7 @@ def path(points: Sequence[Point], x: Scale, y: Scale) -> str:
     return "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
 
 
-def _bands(drawn: Sequence[Series], x: Scale) -> list[Markup]:
+def _bands(drawn: Sequence[Series], x: Scale, over: str) -> list[Markup]:
     """Upright strips that say their figures when the pointer is over them."""
     thinned = [dict(thin(s.points, BANDS)) for s in drawn]
     steps = sorted({step for points in thinned for step in points})
@@ -96,7 +109,7 @@ def _bands(drawn: Sequence[Series], x: Scale) -> list[Markup]:
         start = x((steps[i - 1] + step) / 2) if i else LEFT
         end = x((steps[i + 1] + step) / 2) if i + 1 < len(steps) else WIDTH - RIGHT
         said = ", ".join(f"{s.name} {figure(v[step])}" for s, v in zip(drawn, thinned, strict=True) if step in v)
-        title = element("title", f"step {step:,.0f}: {said}")
+        title = element("title", f"{over} {step:,.0f}: {said}")
         strips.append(
             element(
                 "rect",
@@ -114,7 +127,7 @@ def _bands(drawn: Sequence[Series], x: Scale) -> list[Markup]:
 
 def _legend(drawn: Sequence[Series]) -> Markup:
     items = [
-        element("span", element("i", class_=f"swatch series-{i}"), f"{s.name} ", element("b", figure(s.points[-1][1])))
+        element("span", element("i", class_=f"swatch {colour(i)}"), f"{s.name} ", element("b", figure(s.points[-1][1])))
         for i, s in enumerate(drawn)
     ]
     return element("p", *items, class_="legend")

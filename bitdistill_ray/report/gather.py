@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdistill_ray.config import Config
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.machine import commit, describe_machine, versions
 from bitdistill_ray.recipe import dump
-from bitdistill_ray.report.weights import Histogram, weight_histograms
 from bitdistill_ray.runs import DONE, RunFolder
 from bitdistill_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from bitdistill_ray.report.weights import Histogram
 
 MACHINE = "machine.json"
 TRAINS = ("pretrain", "distill")  # stages whose student is "after", against the one of `refine`
@@ -45,8 +47,8 @@ def record_machine(run: RunFolder) -> None:
     run.storage.write_bytes(MACHINE, json.dumps(about, indent=1).encode())
 
 
-def gather(run: RunFolder) -> RunFacts:
-    """Read a run's folder.
+def gather(run: RunFolder, *, weights: bool = True) -> RunFacts:
+    """Read a run's folder; without `weights` no model is opened, and no torch imported.
 
     Raises:
         StorageError: a store that refuses; what is merely not there yet is left out.
@@ -70,7 +72,7 @@ def gather(run: RunFolder) -> RunFacts:
         rows=rows,
         done=done,
         evaluation=_json(storage, "evaluation.json").get("models", []),
-        histograms=_histograms(run, done, notes),
+        histograms=_histograms(run, done, notes) if weights else [],
         machine=_json(storage, MACHINE),
         notes=tuple(notes),
     )
@@ -104,6 +106,8 @@ def _rows(storage: Storage, notes: list[str]) -> dict[str, list[dict[str, Any]]]
 
 
 def _histograms(run: RunFolder, done: dict[str, dict[str, Any]], notes: list[str]) -> list[Histogram]:
+    from bitdistill_ray.report.weights import weight_histograms
+
     before = after = None
     for record in done.values():
         student = record["artefacts"].get("student")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from bitdistill_ray.report.axis import Scale
 from bitdistill_ray.report.markup import Markup, element
-from bitdistill_ray.report.weights import Histogram
+
+if TYPE_CHECKING:
+    from bitdistill_ray.report.weights import Histogram
 
 WIDTH, HEIGHT = 300.0, 150.0
 SIDE, TOP, BOTTOM = 8.0, 16.0, 24.0

@@ -29,18 +29,22 @@ def write_report(run: RunFolder) -> str:
 
 def render(facts: RunFacts) -> str:
     """The whole file."""
-    style = files("bitdistill_ray.report").joinpath("style.css").read_text(encoding="utf-8")
     name = facts.url.rstrip("/").rpartition("/")[2] or facts.url
+    return document(f"{name}: a bitdistill run", _header(facts, name), element("main", *_sections(facts)))
+
+
+def document(title: str, *body: Markup) -> str:
+    """A whole HTML file with the report's style in it."""
+    style = files("bitdistill_ray.report").joinpath("style.css").read_text(encoding="utf-8")
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{name}: a bitdistill run"),
+        element("title", title),
         element("style", Markup(style)),
     )
-    body = element("body", _header(facts, name), element("main", *_sections(facts)))
-    return f"<!DOCTYPE html>\n{element('html', head, body, lang='en')}\n"
+    return f"<!DOCTYPE html>\n{element('html', head, element('body', *body), lang='en')}\n"
 
 
 def _header(facts: RunFacts, name: str) -> Markup:
