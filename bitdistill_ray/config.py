@@ -27,6 +27,8 @@ from bitdistill_ray.stage_config import (
     TrainStage,
 )
 
+NEED_A_STUDENT = ("awq", "clip", "gptq", "reconstruct", "pretrain", "distill", "export")
+
 
 class Dtype(StrEnum):
     """Compute dtype.  AUTO is bf16 where the hardware multiplies it natively, else fp32; the reason is printed."""
@@ -262,7 +264,7 @@ class Config(Strict):
         kinds = [stage.kind for stage in self.stages.values()]
         refined = kinds.index("refine") if "refine" in kinds else len(kinds)
         for place, (name, stage) in enumerate(self.stages.items()):
-            if place < refined and stage.kind in ("clip", "pretrain", "distill", "export"):
+            if place < refined and stage.kind in NEED_A_STUDENT:
                 raise ConfigError(f"stages.{name}", "needs a student, and no refine stage before it makes one",
                                   "Put `refine` before it")  # fmt: skip
             self._check_text(name, stage, written="write" in kinds[:place])

@@ -186,6 +186,21 @@ class ClipStage(CalibratedStage):
     """The largest part of a side that is cut off."""
 
 
+class ReconstructStage(CalibratedStage):
+    """Each block learns to give what it gave in full precision, before the whole student is trained (as BRECQ and
+    EfficientQAT do)."""
+
+    kind: Literal["reconstruct"] = "reconstruct"
+    calibration_sequences: int = Field(64, ge=1)
+    quantised_inputs: bool = True
+    clip: bool = True
+    """Search each group's range first."""
+    epochs: int = Field(4, ge=1)
+    """Passes of each block over the calibration sequences."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Of the first step; it falls to 0 over a block's steps of four sequences."""
+
+
 class WriteStage(Strict):
     """The teacher writes training text from prompts."""
 
@@ -308,6 +323,7 @@ StageConfig = Annotated[
     | ClipStage
     | GPTQStage
     | AWQStage
+    | ReconstructStage
     | WriteStage
     | FinetuneStage
     | PretrainStage

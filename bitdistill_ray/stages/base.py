@@ -65,7 +65,7 @@ class StageContext:
 Stage = Callable[[StageContext], StageRecord]
 STAGES: dict[str, Stage] = {}
 MAKERS = {
-    "student": ("refine", "awq", "clip", "gptq", "pretrain", "distill"),
+    "student": ("refine", "awq", "clip", "gptq", "reconstruct", "pretrain", "distill"),
     "text": ("write",),
     "teacher": ("finetune",),
     "packed": ("export",),

@@ -1,4 +1,4 @@
-"""A model read block by block over calibration batches: what `clip` and `gptq` measure each block's linears with.
+"""A model read block by block over calibration batches: what `clip`, `gptq` and `reconstruct` look at each block with.
 
 The whole model runs once on each batch, and only what enters its first block and the masks and positions that every
 block is called with are kept.  From then on one block runs at a time, over all batches, on what the block before it
@@ -32,12 +32,33 @@ class Statistics(Protocol):
 
 Kept = TypeVar("Kept", bound=Statistics)
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one block: positional (hidden states first) and by name."""
+
 
 class Block(Generic[Kept]):
-    """One decoder layer: its quantised linears by their names in the model, and the statistics of their inputs."""
+    """One decoder layer: its quantised linears by their names in the model, and the statistics of their inputs.
 
-    def __init__(self, layer: nn.Module, linears: dict[str, QuantLinear], statistics: dict[str, Kept]) -> None:
+    For each calibration batch also `inputs` (hidden states), and `targets`: what the model in full precision has
+    behind this layer, its own errors and those before it taken out.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        linears: dict[str, QuantLinear],
+        statistics: dict[str, Kept],
+        *,
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        calls: Sequence[Call],
+    ) -> None:
         self.layer, self.linears, self.statistics = layer, linears, statistics
+        self.inputs, self.targets, self._calls = inputs, targets, calls
+
+    def outputs(self, number: int) -> Tensor:
+        """What the layer, quantised as it stands, makes of batch `number`."""
+        return _run(self.layer, self.inputs[number], self._calls[number])
 
 
 class _Recorded(Exception):  # noqa: N818  (it ends a forward pass; nothing went wrong)
@@ -57,7 +78,7 @@ def blocks(
 
     make              an empty Statistics for a linear
     quantised_inputs  what enters a block comes from the blocks before it as the caller left them, quantised; otherwise
-                      from those blocks as they were, in full precision
+                      from those blocks as they were, in full precision; `Block.targets` are of the latter anyhow
     chosen            linears to measure, by name; blocks without one are passed through
     """
     device = next(model.parameters()).device
@@ -66,6 +87,7 @@ def blocks(
     on_device = [batch.to(device) for batch in batches]
     calls = [_calls(model, layers, batch) for batch in on_device]
     hidden = [call[0][0][0] for call in calls]
+    plain = hidden  # in full precision all the way
     for number, layer in enumerate(layers):
         own = {names[id(m)]: m for m in layer.modules() if isinstance(m, QuantLinear) and m.spec is not None}
         measured = {name: linear for name, linear in own.items() if chosen(name)}
@@ -74,15 +96,17 @@ def blocks(
         for states, batch, call in zip(hidden, on_device, calls, strict=True):
             with plain_linears(layer), _watched(measured, statistics, batch.segment_BT >= 0):
                 after.append(_run(layer, states, call[number]))
-        if measured:
-            yield Block(layer, measured, statistics)
+        own_calls = [call[number] for call in calls]
         if quantised_inputs:
-            after = [_run(layer, states, call[number]) for states, call in zip(hidden, calls, strict=True)]
+            with plain_linears(layer):
+                plain = [_run(layer, states, call) for states, call in zip(plain, own_calls, strict=True)]
+        else:
+            plain = after
+        if measured:
+            yield Block(layer, measured, statistics, inputs=hidden, targets=plain, calls=own_calls)
+        if quantised_inputs:
+            after = [_run(layer, states, call) for states, call in zip(hidden, own_calls, strict=True)]
         hidden = after
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of one block: positional (hidden states first) and by name."""
 
 
 def _calls(model: nn.Module, layers: Sequence[nn.Module], batch: TokenBatch) -> list[Call]:

@@ -27,7 +27,7 @@ def _clip(student: Calibration, notes: Notes) -> tuple[float, float]:
     options = student.options
     assert isinstance(options, ClipStage)
     grid, before, after = ClipGrid(steps=options.grid, max_shrink=options.shrink), 0.0, 0.0
-    for name, linear, statistics in student.each(notes, _group_moments):
+    for name, linear, statistics in student.each(notes, group_moments):
         assert linear.spec is not None
         ranges = search_clip(linear.weight, statistics, linear.spec, grid, name=name)
         with torch.no_grad():
@@ -39,6 +39,7 @@ def _clip(student: Calibration, notes: Notes) -> tuple[float, float]:
     return before, after
 
 
-def _group_moments(linear: QuantLinear) -> ClipStatistics:
+def group_moments(linear: QuantLinear) -> ClipStatistics:
+    """Empty Gram matrices of each group of a linear's inputs."""
     assert linear.spec is not None
     return ClipStatistics(linear.in_features, linear.spec, device=linear.weight.device)

@@ -22,7 +22,7 @@ from bitdistill_ray.stages.corpus import source_of, texts_of
 from bitdistill_ray.stages.notes import Notes
 
 NAMES = {"packed-rtn": "round-to-nearest", "packed-clipped": "clipped only", "packed-gptq": "GPTQ only",
-         "packed": "trained"}  # fmt: skip
+         "packed-reconstructed": "reconstructed only", "packed": "trained"}  # fmt: skip
 
 
 @stage("evaluate")

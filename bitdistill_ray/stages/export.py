@@ -14,12 +14,12 @@ from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.notes import Notes
 
-BASELINES = ("rtn", "clipped", "gptq")
+BASELINES = ("rtn", "clipped", "gptq", "reconstructed")
 
 
 @stage("export")
 def export(context: StageContext) -> StageRecord:
-    """Publish `packed/`, and `packed-rtn/`, `packed-clipped/`, `packed-gptq/` where asked for."""
+    """Publish `packed/`, and `packed-rtn/`, `packed-clipped/` and so on where asked for."""
     return on_cluster(_export, context)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitdistill_ray.core import Format, Granularity, QuantSpec
+from bitdistill_ray.model.acceleration import decoder_layers
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.linear import QuantLinear, plain_linears
 from bitdistill_ray.model.surgery import quantize_linears
@@ -79,6 +80,33 @@ def test_quantised_inputs_are_those_of_the_quantised_blocks_before(case: str) ->
         assert not torch.allclose(found[name], plain[name], rtol=1e-2)
     for name in into_the_first:
         torch.testing.assert_close(found[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("quantised_inputs", [False, True])
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_targets_are_what_the_model_has_in_full_precision_behind_a_layer(case: str, *, quantised_inputs: bool) -> None:
+    model, plain = student(case), tiny_model(case)
+    behind: dict[int, list[Tensor]] = {}
+    layers = decoder_layers(plain)
+    hooks = [layer.register_forward_hook(lambda _, __, out, n=n: behind.setdefault(n, []).append(first_of(out)))
+             for n, layer in enumerate(layers)]  # fmt: skip
+    with torch.no_grad():
+        for batch in BATCHES:
+            hidden_states(plain, batch)
+    for hook in hooks:
+        hook.remove()
+    for number, block in enumerate(blocks(model, BATCHES, whole, quantised_inputs=quantised_inputs)):
+        for place, (target, expected) in enumerate(zip(block.targets, behind[number], strict=True)):
+            torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-5)
+            if number == 0:
+                torch.testing.assert_close(block.inputs[place], plain.model.embed_tokens(BATCHES[place].ids_BT))
+        with torch.no_grad():
+            for linear in block.linears.values():
+                linear.weight.mul_(1.1)  # whatever the caller does to a block, later targets are those of the model
+
+
+def first_of(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def test_only_chosen_linears_are_measured() -> None:
