@@ -48,7 +48,7 @@ def mortals(source: str, ray_session: None, request: pytest.FixtureRequest) -> I
 def test_teachers_shake_hands(pool: TeacherPool, source: str) -> None:
     expected = Teacher(source, dtype=Dtype.FP32, threads=1).handshake()
     assert pool.identity == expected
-    assert pool.description == f"{source} on cpu in float32 (as configured)"
+    assert pool.description == f"{source} on cpu in float32 (as configured), passes plain"
     refuse_mismatch(identity(tiny_model("llama", seed=3), tiny_tokenizer()), pool.identity)
 
 
