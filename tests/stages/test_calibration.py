@@ -39,7 +39,7 @@ def changed(refined: StageContext, stage: CalibratedStage, name: str) -> tuple[S
     return record, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("kind", [ClipStage, GPTQStage, AWQStage])
+@pytest.mark.parametrize("kind", [ClipStage, AWQStage, pytest.param(GPTQStage, marks=pytest.mark.soak)])
 def test_tasks_that_share_the_blocks_leave_the_student_of_one(
     kind: type[CalibratedStage], refined: StageContext
 ) -> None:
