@@ -24,6 +24,7 @@ def storage_behind(proxy: FaultProxy, bucket: str, *, patience_s: float = 60) ->
     return Storage(f"{bucket}/run", endpoint_url=proxy.url, patience_s=patience_s, timeout_s=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds",
     [

@@ -20,6 +20,8 @@ from bitdistill_ray.errors import DataError
 from tests.cache.answers import QWEN3_VOCABULARY, losses, topk_of
 from tests.tiny_models import VOCAB_SIZE, packed_batch, tiny_model
 
+pytestmark = pytest.mark.slow  # eight seconds of arithmetic
+
 MOST_BYTES = {(Coding.COMPACT, 128): 300, (Coding.COMPACT, 50): 120, (Coding.LOSSLESS, 128): 560}
 
 

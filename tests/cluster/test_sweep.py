@@ -33,6 +33,7 @@ def _launch(ec2: Any, cluster: str, node_type: str) -> str:
     return instance_id
 
 
+@pytest.mark.slow
 def test_lists_what_still_costs(ec2: Any) -> None:
     head, student, gone = (_launch(ec2, "mine", kind) for kind in ("head", "student", "student"))
     _launch(ec2, "theirs", "head")
@@ -52,6 +53,7 @@ def test_nothing_is_ended_unless_asked(ec2: Any) -> None:
     assert len(leftovers(ec2, "mine")) == 1
 
 
+@pytest.mark.slow
 def test_ends_this_cluster_and_no_other(ec2: Any) -> None:
     for node_type in ("head", "teacher"):
         _launch(ec2, "mine", node_type)

@@ -14,7 +14,7 @@ import yaml
 from bitdistill_ray.errors import ConfigError
 from cluster.validate import SHIPPED, check, main
 
-pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\..*")]
 RAY_UP, RAY_JOB, RAY_SERVICE = SHIPPED
 Change = Callable[[dict[str, Any]], object]
 

@@ -25,6 +25,7 @@ def corpus_on(url: str, endpoint_url: str, tokenizer: Path, *, patience_s: float
     return CorpusSpec(sources=(source,), tokenizer=str(tokenizer), sequence_length=64)
 
 
+@pytest.mark.slow
 def test_a_unit_is_read_on_after_an_outage_in_the_middle(
     s3_endpoint: str, s3_bucket: str, tokenizer_folder: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +59,7 @@ def test_a_unit_is_read_on_after_an_outage_in_the_middle(
         np.testing.assert_array_equal(np.concatenate([block[key] for block in found]), wanted)
 
 
+@pytest.mark.slow
 def test_a_store_that_stays_away_ends_the_reading(
     s3_endpoint: str, s3_bucket: str, tokenizer_folder: Path, encoder: Encoder
 ) -> None:

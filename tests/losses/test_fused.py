@@ -14,6 +14,8 @@ from bitdistill_ray.losses.teacher_view import DenseView, TopKView
 from bitdistill_ray.losses.terms import Comparison
 from tests.losses.cases import B, T, attention
 
+pytestmark = pytest.mark.slow  # seconds of arithmetic; `make test-fast` stays under two minutes without it
+
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -101,6 +103,7 @@ def test_what_it_does_not_cover_goes_the_general_way() -> None:
     assert not fused.covers(Comparison(torch.zeros(2, 8), dense, torch.zeros(2), None), ce), "without a GPU"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("heads", "causal"), [(None, False), (4, True)], ids=["own heads", "4 causal ones"])
 def test_relations_are_those_of_the_general_way(

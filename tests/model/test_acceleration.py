@@ -71,6 +71,7 @@ def test_an_accelerated_model_gives_what_the_plain_one_gives(case: str, length: 
         torch.testing.assert_close(hidden_states(fast, batch), hidden_states(model, batch), rtol=5e-2, atol=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [Format.TERNARY, Format.INT2, Format.NF3])
 def test_compiled_layers_have_the_gradients_of_eager_ones(format: Format) -> None:
     model = tiny_model("llama").to(torch.bfloat16).train()

@@ -7,6 +7,8 @@ from torch import Tensor
 from bitdistill_ray.core import Format, QuantSpec
 from bitdistill_ray.quant import fake_quantize, fake_quantize_activation, initial_alpha
 
+pytestmark = pytest.mark.slow  # seconds of arithmetic; `make test-fast` stays under two minutes without it
+
 
 def check(format: Format, backend: str, in_features: int) -> None:
     torch.manual_seed(0)

@@ -15,6 +15,8 @@ from bitdistill_ray.stages.clip import group_moments
 from bitdistill_ray.stages.reconstruct import _clip, block_error, train_block
 from tests.tiny_models import packed_batch, tiny_model
 
+pytestmark = pytest.mark.slow  # seconds of arithmetic; `make test-fast` stays under two minutes without it
+
 BATCHES = [packed_batch([[9, 5, 3], [14]], 20, seed=seed) for seed in range(6)]
 REAL = [batch.segment_BT >= 0 for batch in BATCHES]
 
