@@ -28,7 +28,6 @@ import torch
 from ray.exceptions import RayError
 from ray.train import RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
-from torch import Tensor
 
 from bitdistill_ray.bench.batches import RandomFeeder
 from bitdistill_ray.bench.cluster import Machine
@@ -45,6 +44,7 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import RunFolder
 from bitdistill_ray.shape import read_shape
 from bitdistill_ray.stage_config import DistillStage, LossConfig, RelationConfig, SourceConfig
+from bitdistill_ray.student.figures import Figures
 from bitdistill_ray.student.flops import TERA, Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share
 from bitdistill_ray.student.job import Lesson, TrainJob
@@ -229,12 +229,12 @@ def _live_s(worker: Worker) -> float:
     share, steps = Share(rank=0, ranks=1, micros=worker.micros), WARM_UP + 3 * WINDOWS
     inbox = Inbox(worker.job.feeder, worker.client, share, first=0, steps=steps,
                   in_flight=worker.job.config.teacher.in_flight)  # fmt: skip
-    ends, unread = list[float](), deque[Tensor]()
+    ends, unread = list[float](), deque[Figures]()
     for micros in inbox:
         losses, _ = worker.step(micros, inbox.signals, inbox.take_up)
-        unread.append(losses["loss"])
+        unread.append(Figures(losses))
         if len(unread) > worker.late:
-            float(unread.popleft())
+            unread.popleft().read()
             ends.append(time.perf_counter())
     return median(after - before for before, after in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False))
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import Cache, PretrainedConfig
 
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.model.families import head_size
 
 LEAP = 32  # tokens
 
@@ -74,8 +75,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.kinds = layer_kinds(config)
         self.tokens = tokens
         self.window: int = config.sliding_window if LayerKind.SLIDING in self.kinds else tokens
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (len(self.kinds), 2, rows, config.num_key_value_heads, tokens + 1, head_size)
+        shape = (len(self.kinds), 2, rows, config.num_key_value_heads, tokens + 1, head_size(config))
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self._columns = torch.arange(tokens, device=device)
         self._rows: slice | Tensor = slice(0, 0)

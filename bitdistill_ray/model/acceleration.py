@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers.utils import is_torch_flex_attn_available
 
-from bitdistill_ray.model.families import attention_modules
+from bitdistill_ray.model.families import attention_modules, head_size
 from bitdistill_ray.model.taps import FLEX
 
 LEAST_HEAD = 16
@@ -55,11 +55,6 @@ def accelerate(
     for layer in chosen:
         layer.compile()
     return f"{said}; {len(chosen)} of {len(layers)} layers compiled (the first step takes about a minute)"
-
-
-def head_size(config: Any) -> int:
-    """Numbers of one attention head of a Hugging Face config."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

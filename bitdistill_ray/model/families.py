@@ -64,6 +64,11 @@ def family_of(config: Any) -> Family:
     return FAMILIES[model_type]
 
 
+def head_size(config: Any) -> int:
+    """Numbers of one attention head of a Hugging Face config."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention module of every layer, first layer first."""
     family = family_of(model.config)

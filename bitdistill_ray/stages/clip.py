@@ -10,6 +10,7 @@ import torch
 
 from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.quant import ClipGrid, ClipStatistics, apply_clip, initial_alpha, search_clip
+from bitdistill_ray.quant.clip import ClipRange
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import ClipStage
 from bitdistill_ray.stages.base import StageContext, stage
@@ -28,15 +29,21 @@ def _clip(student: Calibration, notes: Notes) -> tuple[float, float]:
     assert isinstance(options, ClipStage)
     grid, before, after = ClipGrid(steps=options.grid, max_shrink=options.shrink), 0.0, 0.0
     for name, linear, statistics in student.each(notes, group_moments):
-        assert linear.spec is not None
-        ranges = search_clip(linear.weight, statistics, linear.spec, grid, name=name)
-        with torch.no_grad():
-            linear.weight.copy_(apply_clip(linear.weight, ranges, linear.spec))
-            if linear.alpha is not None:
-                linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
+        ranges = clip_linear(linear, statistics, grid, name=name)
         before += float(ranges.error_before_RG.sum())
         after += float(ranges.error_after_RG.sum())
     return before, after
+
+
+@torch.no_grad()
+def clip_linear(linear: QuantLinear, statistics: ClipStatistics, grid: ClipGrid, *, name: str) -> ClipRange:
+    """Search the ranges of a linear's groups and clip its latent weights to them; learned scales start from those."""
+    assert linear.spec is not None
+    ranges = search_clip(linear.weight, statistics, linear.spec, grid, name=name)
+    linear.weight.copy_(apply_clip(linear.weight, ranges, linear.spec))
+    if linear.alpha is not None:
+        linear.alpha.copy_(initial_alpha(linear.weight, linear.spec))
+    return ranges
 
 
 def group_moments(linear: QuantLinear) -> ClipStatistics:

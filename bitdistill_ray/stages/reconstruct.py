@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bitdistill_ray.quant import ClipStatistics, apply_clip, initial_alpha, search_clip
+from bitdistill_ray.quant import ClipGrid, ClipStatistics
 from bitdistill_ray.runs import StageRecord
 from bitdistill_ray.stage_config import ReconstructStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.blocks import Block
 from bitdistill_ray.stages.calibration import Calibration, calibrated
-from bitdistill_ray.stages.clip import group_moments
+from bitdistill_ray.stages.clip import clip_linear, group_moments
 from bitdistill_ray.stages.notes import Notes
 
 
@@ -38,21 +38,11 @@ def _reconstruct(student: Calibration, notes: Notes) -> tuple[float, float]:
     for block in student.blocks(notes, group_moments):
         before += block_error(block, real)
         if options.clip:
-            _clip(block)
+            for name, linear in block.linears.items():
+                clip_linear(linear, block.statistics[name], ClipGrid(), name=name)
         train_block(block, real, epochs=options.epochs, learning_rate=options.learning_rate)
         after += block_error(block, real)
     return before, after
-
-
-def _clip(block: Block[ClipStatistics]) -> None:
-    for name, linear in block.linears.items():
-        spec = linear.spec
-        assert spec is not None
-        with torch.no_grad():
-            ranges = search_clip(linear.weight, block.statistics[name], spec, name=name)
-            linear.weight.copy_(apply_clip(linear.weight, ranges, spec))
-            if linear.alpha is not None:
-                linear.alpha.copy_(initial_alpha(linear.weight, spec))
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bitdistill_ray.model.families import head_size
+
 TERA = 1e12
 # (part of torch's device name, dense bf16 FLOP/s); the first that fits counts, so that longer names come first.
 PEAKS: tuple[tuple[str, float], ...] = (
@@ -59,12 +61,11 @@ class Arithmetic:
     def of(cls, model: Any, *, length: int, device: torch.device, workers: int) -> Arithmetic:
         """Of a transformers model, as it is before ZeRO shards it, on `workers` devices like `device`."""
         config = model.config
-        heads = int(config.num_attention_heads)
         cost = flops_per_token(
             parameters=sum(p.numel() for p in model.parameters()),
             layers=int(config.num_hidden_layers),
-            heads=heads,
-            head_size=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+            heads=int(config.num_attention_heads),
+            head_size=head_size(config),
             length=length,
         )
         peak = peak_bf16(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

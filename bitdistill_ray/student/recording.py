@@ -11,14 +11,14 @@ asks the device anything.  Between steps its activations keep their memory, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.core import TeacherSignals, TokenBatch
@@ -121,22 +121,29 @@ class _OnTensors:
     """
 
     def __init__(self, module: LossModule, layout: Layout, signals: TeacherSignals | None) -> None:
-        self.module, self.layout, self._like = module, layout, signals
+        self.loss, self.layout, self._like = _Loss(module), layout, signals
         self.leaves = len(layout.leaves())
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         ids_BT, target_BT, segment_BT, counts, *said = tensors[: -self.leaves]
         batch = TokenBatch(ids_BT=ids_BT, target_BT=target_BT, segment_BT=segment_BT, sequence_ids=())
         signals = with_tensors(self._like, said)
-        with _reparametrized(self.module, self.layout.named(tensors[-self.leaves :])):
-            return self.module.loss(batch, signals, Totals(counts))
+        named = {f"module.{name}": tensor for name, tensor in self.layout.named(tensors[-self.leaves :]).items()}
+        result: tuple[Tensor, dict[str, Tensor]] = functional_call(self.loss, named, (batch, signals, Totals(counts)))
+        return result
 
 
-@contextmanager
-def _reparametrized(module: nn.Module, named: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, `module`'s parameters of these names (and those tied to them) are these tensors."""
-    with torch.nn.utils.stateless._reparametrize_module(module, dict(named), tie_weights=True):
-        yield
+class _Loss(nn.Module):
+    """`LossModule.loss` as a module's `forward`, which is what `functional_call` calls."""
+
+    def __init__(self, module: LossModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.module.loss(batch, signals, totals)
 
 
 def tensors_of(noun: Any) -> list[Tensor]:

@@ -37,6 +37,7 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student.checkpoint import Checkpoints, Position
 from bitdistill_ray.student.engine import start_engine
+from bitdistill_ray.student.figures import Figures
 from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Answers, Inbox, Share
 from bitdistill_ray.student.job import Lesson, TrainJob
@@ -61,14 +62,11 @@ SignalsOf = Callable[[BatchArrays, torch.device], TeacherSignals | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a step gave, as tensors that the device may not have made yet."""
+    """What a step gave; `figures` are its losses by name, `tokens`, `stop` and, where there is one, `grad_norm`."""
 
     step: int
     sequences: Mapping[str, Any]
-    losses: Mapping[str, Tensor]
-    tokens: Tensor
-    norm: Tensor | float | None
-    stop: Tensor
+    figures: Figures
     learning_rate: float
     probed: Mapping[str, float]
 
@@ -173,34 +171,37 @@ class Worker:
     def _outcome(
         self, step: int, losses: Mapping[str, Tensor], tokens: Tensor, sequences: Mapping[str, Any]
     ) -> Outcome:
-        return Outcome(step=step, sequences=sequences, losses=losses, tokens=tokens, stop=self.stop,
-                       norm=self.engine.get_global_grad_norm(), learning_rate=self.engine.get_lr()[0],
-                       probed=self.probes.take())  # fmt: skip
+        norm, scalars = self.engine.get_global_grad_norm(), {**losses, "tokens": tokens, "stop": self.stop}
+        if norm is not None:
+            scalars["grad_norm"] = torch.as_tensor(norm, device=self.device)
+        return Outcome(step=step, sequences=sequences, figures=Figures(scalars),
+                       learning_rate=self.engine.get_lr()[0], probed=self.probes.take())  # fmt: skip
 
     def _read(self, inbox: Inbox, *, unread: int) -> None:
         """Wait for the oldest steps' figures and report them, until only `unread` steps are left."""
         while len(self.unread) > unread:
             outcome = self.unread.popleft()
-            self.told = self.told or bool(outcome.stop > 0)
+            figures = outcome.figures.read()
+            self.told = self.told or figures.pop("stop") > 0
             if self.rank == 0:
-                self._report(outcome, inbox)
+                self._report(outcome, figures, inbox)
 
-    def _report(self, outcome: Outcome, inbox: Inbox) -> None:
+    def _report(self, outcome: Outcome, figures: dict[str, float], inbox: Inbox) -> None:
         """A row of the step; its seconds are those since the row before, without the wait for data."""
-        names, values = list(outcome.losses), torch.stack([*outcome.losses.values(), outcome.tokens.float()]).tolist()
+        tokens, norm = figures.pop("tokens"), figures.pop("grad_norm", None)
         waits = self.client.take_counters() if self.client else {"teacher_wait_s": 0.0}
         now, data_wait_s, inbox.data_wait_s = time.perf_counter(), inbox.data_wait_s, 0.0
         seconds, self.read_at = now - self.read_at - data_wait_s, now
         row = {
             "step": outcome.step,
             **outcome.sequences,
-            **dict(zip(names, values, strict=False)),
+            **figures,
             "learning_rate": outcome.learning_rate,
-            "grad_norm": None if outcome.norm is None else float(outcome.norm),
-            "tokens": int(values[-1]),
+            "grad_norm": norm,
+            "tokens": int(tokens),
             "seconds": seconds,
-            "tokens_per_s": values[-1] / seconds,
-            "mfu": self.arithmetic.mfu(values[-1] / seconds),
+            "tokens_per_s": tokens / seconds,
+            "mfu": self.arithmetic.mfu(tokens / seconds),
             "data_wait_s": data_wait_s,
             **waits,
             **outcome.probed,
