@@ -14,6 +14,7 @@ COMMANDS = {
     "inspect": ("bitdistill_ray.inspect", "say what a packed student holds, after checking every byte"),
     "report": ("bitdistill_ray.report.command", "write the report of a run: curves, weights, tables"),
     "compare": ("bitdistill_ray.report.comparison", "put runs side by side: a table, and curves over tokens"),
+    "sweep": ("bitdistill_ray.sweep", "run every row of a table of comparisons"),
     "teacher": ("bitdistill_ray.teacher_pools", "start, show and end teacher pools that several runs share"),
     "serve": ("bitdistill_serve.cli", "serve a model over HTTP on this machine"),
     "bench": ("bitdistill_ray.bench", "measure kernels, decoding and training against their limits"),

@@ -5,6 +5,7 @@
 | BITDISTILL_CACHE | folder for downloaded models and other things that can be made again | ~/.cache/bitdistill-ray |
 | AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL | S3 server other than AWS (MinIO, Ceph, R2 …) | AWS |
 | RAY_ADDRESS | the running Ray to join | start one here |
+| CUDA_VISIBLE_DEVICES | the GPUs that a sweep shares out | all |
 
 Credentials and the region of S3 are read by its own client libraries.
 """
@@ -34,6 +35,32 @@ def ray_address() -> str | None:
 def cpu_count() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores() -> tuple[int, ...]:
+    """The numbers of these CPUs."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else tuple(range(cpu_count()))
+
+
+def keep_to(process: int, cores: tuple[int, ...]) -> None:
+    """Have a process that has just begun, and its children, run on these CPUs, where the system can do that."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process, cores)
+
+
+def visible_gpus() -> tuple[str, ...]:
+    """What CUDA_VISIBLE_DEVICES calls the GPUs that this process may use."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return tuple(name.strip() for name in chosen.split(",") if name.strip())
+    import torch
+
+    return tuple(map(str, range(torch.cuda.device_count())))
+
+
+def for_child(gpus: tuple[str, ...]) -> dict[str, str]:
+    """This environment for a process that is to see only these GPUs; all of them where none is named."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})}
 
 
 def private_ray_token() -> None:

@@ -33,14 +33,15 @@ class MonitorConfig(Strict):
 
     line_every_s: float = Field(1.0, gt=0)
     """At most one line (or redrawn bar) in the terminal in so many seconds."""
-    codes_every: int = Field(50, ge=0)
+    codes_every: int = Field(100, ge=0)
     """Steps between measurements of the codes' flip rate and share of zeros; 0: never."""
     gradients_every: int = Field(0, ge=0)
     """Steps between measurements of each loss term's gradient norm, a pass of its own for every term; 0: never."""
     quality_every: int = Field(0, ge=0)
     """Steps between measurements of perplexity and, where there is a teacher, KL and agreement; 0: never."""
     quality_texts: tuple[TextConfig, ...] = ()
-    """What they are measured on, in windows of `data.sequence_length`; empty: the excerpt that ships."""
+    """What they are measured on, in windows of `data.sequence_length`; empty: the texts of `evaluate`, else the excerpt
+    that ships."""
     quality_tokens: int = Field(32_768, ge=8)
     """Of each text, at most so many."""
     report: bool = True

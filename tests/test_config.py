@@ -198,7 +198,7 @@ def test_the_defaults_alone_are_a_configuration() -> None:
 
 
 def test_monitoring_is_checked_like_the_rest() -> None:
-    assert check(tree(data="/corpus")).monitor.codes_every == 50
+    assert check(tree(data="/corpus")).monitor.codes_every == 100
     with pytest.raises(ConfigError, match="codes_every"):
         check(tree(data="/corpus", monitor={"codes_every": -1}))
     with pytest.raises(ConfigError, match="gradients_every"):

@@ -43,12 +43,16 @@ class QuantizedTensor:
 
 
 @torch.no_grad()
-def quantize(w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None, name: str = "weight") -> QuantizedTensor:
+def quantize(
+    w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None, name: str = "weight", known_finite: bool = False
+) -> QuantizedTensor:
     """The codes and scales of a matrix; `alpha`, shaped like the scales, for formats that learn it.
 
+    `known_finite` leaves out the look at its values, which waits for the device.
     Raises ModelError, naming `name`, for a weight that is not a matrix or not finite, and for a wrong alpha.
     """
-    check_finite(w_NK, name)
+    if not known_finite:
+        check_finite(w_NK, name)
     grouping, quantizer, alphas = _prepare(w_NK, spec, alpha, name)
     codes, scales, zeros = [], [], []
     for part_RGS, alpha_RG1 in zip(grouping.split(w_NK), alphas, strict=True):

@@ -14,7 +14,7 @@ from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.evaluation.suite import excerpt
-from bitdistill_ray.stage_config import SourceConfig, TextConfig, TrainStage
+from bitdistill_ray.stage_config import EvaluateStage, SourceConfig, TextConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext
 from bitdistill_ray.student.quality import cut
 
@@ -77,13 +77,16 @@ def texts_of(context: StageContext, texts: Iterable[TextConfig]) -> dict[str, st
 
 
 def quality_windows(context: StageContext, encoder: Encoder) -> dict[str, np.ndarray]:
-    """What a training stage measures now and then: windows of a training sequence's length of `monitor.quality_texts`.
+    """What a training stage measures now and then, in windows of a training sequence's length: `monitor.quality_texts`,
+    else the texts of the `evaluate` stages, else the excerpt.
 
     Raises:
         DataError: a text that is shorter than one window.
     """
     monitor = context.config.monitor
-    texts = texts_of(context, monitor.quality_texts) or {"excerpt": excerpt()}
+    evaluated = [text for stage in context.config.stages.values() if isinstance(stage, EvaluateStage)
+                 for text in stage.texts]  # fmt: skip
+    texts = texts_of(context, monitor.quality_texts or evaluated) or {"excerpt": excerpt()}
     ids = dict(zip(texts, encoder.encode(list(texts.values())), strict=True))
     length, most = context.config.data.sequence_length, monitor.quality_tokens
     return {name: cut(name, tokens[:most], length) for name, tokens in ids.items()}

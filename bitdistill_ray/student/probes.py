@@ -55,7 +55,7 @@ class CodeProbe:
                 if place % self.ranks != self.rank:
                     continue
                 assert linear.spec is not None
-                quantized = quantize(linear.weight, linear.spec, alpha=linear.alpha, name=name)
+                quantized = quantize(linear.weight, linear.spec, alpha=linear.alpha, name=name, known_finite=True)
             codes, before = quantized.codes_NK, self.codes.get(place)
             flipped = 0 if before is None else (codes != before).sum()
             self.codes[place] = codes

@@ -1,0 +1,126 @@
+"""Sweeps: which commands a table means, how rows share a machine, what becomes of a row whose branch fails."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bitdistill_ray import recipe, sweep
+from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.stage_config import DistillStage
+from bitdistill_ray.sweep_config import TableConfig, load_table, shipped_tables
+from tests.road import tiny_overrides
+from tests.tiny_models import save_tiny
+
+TABLE = TableConfig.model_validate(
+    {
+        "recipe": "demo",
+        "run": "runs/table",
+        "set": ["stages.distill.tokens=64"],
+        "rows": {
+            "kl": {"branch": "clipped", "set": ["stages.distill.loss={forward_kl: 1}"]},
+            "clipped": ["stages.distill=false"],
+            "plain": None,
+        },
+    }
+)
+
+
+def test_a_row_is_one_train_command_and_comes_after_its_branch() -> None:
+    rows = sweep.rows_of(TABLE, ["seed=3"])
+    assert [row.name for row in rows] == ["clipped", "kl", "plain"]
+    words = shlex.split(rows[1].command)
+    overrides = ["stages.distill.tokens=64", "seed=3", "stages.distill.loss={forward_kl: 1}"]
+    assert words == ["bitdistill", "train", "demo", *overrides, "run=runs/table/kl", "branch=runs/table/clipped"]
+    assert recipe.load(words[2], words[3:]) == rows[1].config
+    assert "distill" not in rows[0].config.stages
+    stage = rows[1].config.stages["distill"]
+    assert isinstance(stage, DistillStage)
+    assert stage.loss.forward_kl == 1
+
+
+def test_chosen_rows_bring_their_branches() -> None:
+    assert [row.name for row in sweep.rows_of(TABLE, only=["kl"])] == ["clipped", "kl"]
+    with pytest.raises(ConfigError, match=r"rows: there is none called 'jsd'. Known: kl, clipped, plain"):
+        sweep.rows_of(TABLE, only=["jsd"])
+
+
+def test_rows_that_branch_in_a_circle_are_refused() -> None:
+    rows = {"a": {"branch": "b"}, "b": {"branch": "a"}}
+    table = TableConfig.model_validate({"recipe": "demo", "run": "runs/x", "rows": rows})
+    with pytest.raises(ConfigError, match=r"rows.a.branch: a circle: a -> b -> a"):
+        sweep.rows_of(table)
+
+
+@pytest.mark.parametrize("name", shipped_tables())
+def test_every_shipped_table_is_made_of_runs_that_can_be_planned(name: str) -> None:
+    rows = sweep.rows_of(load_table(name), ["data=/corpus"])
+    assert len({row.config.run for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "at_a_time", "found"),
+    [
+        ("0123", 8, None, [("0", 2), ("1", 2), ("2", 2), ("3", 2)]),
+        ("01", 9, 4, [("0", 2), ("1", 2), ("0", 2), ("1", 2)]),
+        ("0", 2, 8, [("0", 1), ("0", 1)]),
+    ],
+)
+def test_how_rows_share_a_machine(gpus: str, cores: int, at_a_time: int | None, found: list[tuple[str, int]]) -> None:
+    one = sweep.rows_of(TABLE, ["teacher.gpus=0.3", "student.gpus=0.7"])
+    rows = [row for _ in range(4) for row in one]
+    shared = sweep.places(rows, list(gpus), range(cores), at_a_time)
+    assert [("".join(place.gpus), len(place.cores)) for place in shared] == found
+    assert len({core for place in shared for core in place.cores}) == sum(cores for _, cores in found)
+
+
+def test_a_row_that_needs_more_gpus_than_there_are_is_refused() -> None:
+    rows = sweep.rows_of(TABLE, ["teacher.gpus=0.3", "student.gpus=1"])
+    assert sweep.gpus_of(rows[0].config) == 2
+    with pytest.raises(ConfigError, match=r"rows.clipped: needs 2 GPUs, this machine has 1"):
+        sweep.places(rows, ["0"], [0, 1])
+    assert [place.gpus for place in sweep.places(rows, ["4", "5", "6"], [0, 1])] == [("4", "5")]
+
+
+def test_rows_behind_a_row_that_fails_are_left_out_and_others_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        sweep.Row(name=name, arguments=("demo", *more), config=recipe.load("demo"), branch=branch)
+        for name, branch, more in (("bad", None, ["stages.clpi=1"]), ("behind", "bad", ()), ("plan", None, ["--plan"]))
+    ]
+    finished = sweep.sweep(rows, [sweep.Place()], tmp_path)
+    assert [row.name for row in finished] == ["plan"]
+    printed = capsys.readouterr().out
+    assert f"[bad] failed, {tmp_path / 'bad.log'}: error: stages.clpi" in printed
+    assert "[behind] left out, since bad did not come to its end" in printed
+    assert "teacher" in (tmp_path / "plan.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_sweep_makes_its_table_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny(tmp_path / "teacher-llama", "llama")
+    common = [setting for setting in tiny_overrides(tmp_path) if not setting.startswith("run=")]
+    lines = ["recipe: demo", f"run: {tmp_path}/table", "set:", *(f"  - {setting}" for setting in common),
+             "  - stages.write.texts=16", "rows:", "  clipped: [stages.distill=false]",
+             '  kl: {branch: clipped, set: ["stages.distill.loss={forward_kl: 1, cakld: 0}"]}']  # fmt: skip
+    (tmp_path / "table.yaml").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["sweep", str(tmp_path / "table.yaml")]
+    assert sweep.main(arguments[1:]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in table] == [
+        "student", "---", "teacher", "round-to-nearest", "clipped only", "clipped", "kl"]  # fmt: skip
+    log = (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8")
+    assert f"[clip] taken over from {tmp_path}/table/clipped" in log
+    assert (tmp_path / "table/logs/table.html").stat().st_size > 10_000
+    assert sweep.main(arguments[1:]) == 0
+    assert "[distill] finished before" in (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8")
+
+
+def test_a_sweep_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(["int2-10m"]) == 2  # no data
+    assert capsys.readouterr().err.count("\n") == 1
+    assert sweep.main(["int9"]) == 2
+    assert "there is none called 'int9'. Shipped: " in capsys.readouterr().err
