@@ -126,7 +126,8 @@ class RunFolder:
             return None
         for place in sorted(set(done["artefacts"].values())):
             with self.publish(place) as folder:
-                source.download_folder(place, folder, complete=True)
+                # `write` publishes a file at a time, and no folder as a whole
+                source.download_folder(place, folder, complete=source.is_complete(place))
         record = StageRecord(**done)
         self.finish(record)
         print(f"[{name}] taken over from {self.config.branch}", flush=True)

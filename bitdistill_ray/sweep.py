@@ -71,8 +71,8 @@ class Running:
 
     def last_line(self) -> str:
         """What it said last."""
-        lines = self.log.read_bytes()[-2000:].decode(errors="replace").split()
-        return " ".join(lines)[-150:]
+        said = self.log.read_bytes()[-4000:].decode(errors="replace").replace("\r", "\n").split("\n")
+        return next((line.strip() for line in reversed(said) if line.strip()), "nothing yet")
 
 
 def rows_of(table: TableConfig, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Row]:

@@ -114,7 +114,7 @@ def test_a_sweep_makes_its_table_and_goes_on_where_it_was(tmp_path: Path, capsys
         "student", "---", "teacher", "round-to-nearest", "clipped only", "clipped", "kl"]  # fmt: skip
     log = (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8")
     assert f"[clip] taken over from {tmp_path}/table/clipped" in log
-    assert (tmp_path / "table/logs/table.html").stat().st_size > 10_000
+    assert "<table" in (tmp_path / "table/logs/table.html").read_text(encoding="utf-8")
     assert sweep.main(arguments[1:]) == 0
     assert "[distill] finished before" in (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8")
 
