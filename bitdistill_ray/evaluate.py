@@ -2,8 +2,9 @@
 
 Measures models beside a teacher: perplexity, KL and top-1 agreement on texts, accuracy on tasks, each with the central
 95 % of a bootstrap.  A MODEL is a packed student, the folder of a training stage, or a plain model (Hugging Face id,
-folder, GGUF file, wheel:…), local or at a URL.  Without --text, the excerpt that ships is measured.  A task's YAML has
-the keys of `stages.evaluate.tasks`: name, path, template, labels, label_column, limit.
+folder, GGUF file, wheel:…), local or at a URL.  Without --text and --harness, the excerpt that ships is measured.  A
+task's YAML has the keys of `stages.evaluate.tasks`: name, path, template, labels, label_column, limit.  --harness names
+tasks of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy,piqa --harness gsm8k:5`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from bitdistill_ray.config import Dtype
 from bitdistill_ray.errors import BitdistillError, ConfigError
-from bitdistill_ray.stage_config import TaskConfig, TextConfig
+from bitdistill_ray.stage_config import HarnessConfig, TaskConfig, TextConfig
 
 if TYPE_CHECKING:
     from bitdistill_ray.evaluation.metric import ModelReport
@@ -33,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     between = TextConfig.model_fields["join"].default
     command.add_argument("--join", default=between, metavar="TEXT", help="between the rows of a text; '' for wikitext")
     command.add_argument("--task", action="append", default=[], metavar="YAML", help="may be repeated")
+    command.add_argument("--harness", action="append", default=[], metavar="TASK,…[:N]", help="may be repeated")
+    command.add_argument("--include", metavar="FOLDER", help="of further tasks' definitions for the harness")
+    command.add_argument("--limit", type=int, help="of each of the harness's tasks, at most so many rows")
     command.add_argument("--context", type=int, default=512, help="tokens of one window of a text (default 512)")
     command.add_argument("--max-tokens", type=int, help="of each text, at most so many")
     names = ", ".join(Dtype)
@@ -64,6 +68,7 @@ def evaluate(options: argparse.Namespace) -> list[ModelReport]:
     """Measure the teacher, then each model.  Raises BitdistillError."""
     texts = [text_config(text, options.join) for text in options.text]
     task_configs = [task_config(path) for path in options.task]
+    harness = [harness_config(argument, options) for argument in options.harness]
 
     import torch
 
@@ -79,8 +84,9 @@ def evaluate(options: argparse.Namespace) -> list[ModelReport]:
     read = {t.name: t.join.join(read_texts(Source(t.path, text_column=t.text_column))) for t in texts}
     rows = [(task, read_rows(Source(task.path))[: task.limit]) for task in task_configs]
     teacher = load_candidate(options.teacher, dtype=dtype, device=device)
-    suite = Suite.of(read or {"excerpt": excerpt()}, rows, teacher.tokenizer,
-                     context=options.context, max_tokens=options.max_tokens)  # fmt: skip
+    texts_read = read or ({} if harness else {"excerpt": excerpt()})
+    suite = Suite.of(texts_read, rows, teacher.tokenizer, context=options.context, max_tokens=options.max_tokens,
+                     harness=harness)  # fmt: skip
     reports = [suite.report(TEACHER, teacher, teacher)]
     for source in options.models:
         print(f"measuring {source}", file=sys.stderr)
@@ -101,6 +107,19 @@ def text_config(argument: str, join: str) -> TextConfig:
     if not (name and equals and path):
         raise ConfigError("--text", f"{argument!r}", "Write NAME=PATH or NAME=PATH:COLUMN")
     return TextConfig(name=name, path=path, text_column=column, join=join)
+
+
+def harness_config(argument: str, options: argparse.Namespace) -> HarnessConfig:
+    """TASK,…[:N].
+
+    Raises:
+        ConfigError: N is not a number, or the harness is not installed.
+    """
+    tasks, colon, shots = argument.partition(":")
+    if colon and not shots.isdecimal():
+        raise ConfigError("--harness", f"{argument!r}", "Write TASK,… or TASK,…:N with a number N")
+    return HarnessConfig(tasks=tuple(tasks.split(",")), fewshot=int(shots) if colon else None,
+                         include=options.include, limit=options.limit)  # fmt: skip
 
 
 def task_config(path: str) -> TaskConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -300,6 +301,32 @@ class TaskConfig(Strict):
     limit: int | None = Field(None, ge=1)
 
 
+class HarnessConfig(Strict):
+    """Tasks of EleutherAI's lm-evaluation-harness; it needs `pip install bitdistill-ray[tasks]`."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of the harness, such as arc_easy, piqa, lambada_openai, gsm8k."""
+    include: str | None = None
+    """Local folder of task definitions beside the harness's own."""
+    fewshot: int | None = Field(None, ge=0)
+    """Solved examples in front of each question; empty: as the task says."""
+    limit: int | None = Field(None, ge=1)
+    """Rows of each task, at most."""
+    batch: int = Field(16, ge=1)
+    chat_template: bool = False
+
+    @model_validator(mode="after")
+    def _installed(self) -> HarnessConfig:
+        if find_spec("lm_eval") is None:
+            raise ConfigError("stages.evaluate.harness", "the package lm-eval is not installed",
+                              "Run `pip install bitdistill-ray[tasks]`, or leave the harness out")  # fmt: skip
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
 class EvaluateStage(Strict):
     """Teacher, baselines and student side by side."""
 
@@ -310,6 +337,8 @@ class EvaluateStage(Strict):
     """The held-out part of what the teacher wrote, where there is one."""
     texts: tuple[TextConfig, ...] = ()
     tasks: tuple[TaskConfig, ...] = ()
+    harness: Annotated[tuple[HarnessConfig, ...], BeforeValidator(_listed)] = ()
+    """Sections of harness tasks; one alone needs no list."""
     context: int = Field(512, ge=8)
     """Tokens of one evaluation window."""
     max_tokens: int | None = Field(None, ge=8)

@@ -12,20 +12,22 @@ from torch import Tensor, nn
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.evaluation import language, tasks
 from bitdistill_ray.evaluation.candidate import Candidate
+from bitdistill_ray.evaluation.harness import measure_harness
 from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.machine import commit
 from bitdistill_ray.packed.model import vocabulary_hash
-from bitdistill_ray.stage_config import TaskConfig
+from bitdistill_ray.stage_config import HarnessConfig, TaskConfig
 
 TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The texts by name, as token windows [W, T], and the tasks by name with their rows."""
+    """The texts by name, as token windows [W, T], the tasks by name with their rows, and those of the harness."""
 
     texts: Mapping[str, Tensor]
     tasks: Mapping[str, tuple[TaskConfig, Sequence[dict[str, Any]]]]
+    harness: Sequence[HarnessConfig] = ()
 
     @classmethod
     def of(
@@ -36,10 +38,11 @@ class Suite:
         *,
         context: int,
         max_tokens: int | None,
+        harness: Sequence[HarnessConfig] = (),
     ) -> Suite:
         """Cut the texts into windows of `context` tokens, at most `max_tokens` of each."""
         cut = {n: language.windows(t, tokenizer, context=context, max_tokens=max_tokens) for n, t in texts.items()}
-        return cls(cut, {task.name: (task, rows) for task, rows in task_rows})
+        return cls(cut, {task.name: (task, rows) for task, rows in task_rows}, harness)
 
     def report(self, name: str, candidate: Candidate, teacher: Candidate) -> ModelReport:
         """Measure one model.
@@ -56,6 +59,8 @@ class Suite:
             report.metrics |= language.measure(model, teacher.model, ids_WT, name=text, alone=alone)
         for name, (task, rows) in self.tasks.items():
             report.metrics[f"accuracy:{name}"] = tasks.accuracy(model, candidate.tokenizer, rows, task)
+        for options in self.harness:
+            report.metrics |= measure_harness(model, candidate.tokenizer, options)
         return report
 
 

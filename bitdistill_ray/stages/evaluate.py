@@ -50,6 +50,7 @@ def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
         teacher.tokenizer,
         context=options.context,
         max_tokens=options.max_tokens,
+        harness=options.harness,
     )
     reports = [suite.report(TEACHER, teacher, teacher)]
     roles = [role for role in NAMES if role == "packed" or options.baselines]
