@@ -24,9 +24,9 @@ def measure_harness(model: nn.Module, tokenizer: Any, options: HarnessConfig) ->
     Raises:
         DataError: no such task, or its data cannot be had.
     """
-    import lm_eval  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    from lm_eval.tasks import TaskManager  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=options.include)
     unknown = [task for task in options.tasks if task not in manager.all_tasks]
