@@ -30,11 +30,13 @@ class Format(StrEnum):
     SEQ2 = "seq2"  # {-.75, -.25, .25, .75}, learnable scale (ParetoQ SEQ)
     SEQ_TERNARY = "seq-ternary"  # {-2/3, 0, 2/3}, learnable scale (ParetoQ SEQ)
     LSQ3 = "lsq3"  # {-4 .. 3}, learnable scale (LSQ)
+    INT2_LSQ = "int2-lsq"  # int2 whose scale is learned (LSQ) and whose zero point, 1 or 2, stays; packed as int2
+    INT3_LSQ = "int3-lsq"  # the same of int3, zero point 3 or 4
 
     @property
     def code_bits(self) -> int:
         """Bits of one stored code: 2 (ternary too) or 3."""
-        return 3 if self in (Format.INT3, Format.NF3, Format.LSQ3) else 2
+        return 3 if self.stored in (Format.INT3, Format.NF3, Format.LSQ3) else 2
 
     @property
     def code_count(self) -> int:
@@ -44,7 +46,7 @@ class Format(StrEnum):
     @property
     def has_zero_point(self) -> bool:
         """True where each group stores an integer zero point."""
-        return self in (Format.INT2, Format.INT3)
+        return self.stored in (Format.INT2, Format.INT3)
 
     @property
     def scales_per_group(self) -> int:
@@ -54,7 +56,12 @@ class Format(StrEnum):
     @property
     def learns_scale(self) -> bool:
         """True where the scale is a parameter (`alpha`) and not a statistic of the weights."""
-        return self in (Format.SEQ2, Format.SEQ_TERNARY, Format.LSQ3)
+        return self in (Format.SEQ2, Format.SEQ_TERNARY, Format.LSQ3, Format.INT2_LSQ, Format.INT3_LSQ)
+
+    @property
+    def stored(self) -> Format:
+        """The format in which its codes are packed: its own, but for those that only train another way."""
+        return {Format.INT2_LSQ: Format.INT2, Format.INT3_LSQ: Format.INT3}.get(self, self)
 
 
 class Granularity(StrEnum):

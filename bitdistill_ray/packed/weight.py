@@ -95,6 +95,9 @@ def unpack(packed: PackedWeight) -> QuantizedTensor:
 
 def check_packed(packed: PackedWeight, where: str) -> None:
     """Raise PackedError, naming `where`, unless every tensor has the dtype and shape of its spec."""
+    stored = packed.spec.format.stored
+    if stored is not packed.spec.format:
+        raise PackedError(where, f"says {packed.spec.format}, which is packed as {stored}", "Export it again")
     shapes = packed_shapes(packed.spec, packed.shape)
     expected = {
         "codes": (packed.codes, torch.uint8, shapes.codes),

@@ -51,7 +51,7 @@ class Affine(Quantizer):
 
     def gradient(
         self, grad_RGS: Tensor, w_RGS: Tensor, scale_RGC: Tensor, zero_RG1: Tensor | None, rounding: Rounding
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         ratio_RGS = w_RGS / scale_RGC
         index_RGS = round_(ratio_RGS.clone(), rounding)
         low_RG1, high_RG1 = self._bounds(zero_RG1)

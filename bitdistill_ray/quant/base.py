@@ -12,7 +12,7 @@ size outlives the forward pass.  Nothing waits for the device or branches on dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from bitdistill_ray.core import Granularity, QuantSpec
 from bitdistill_ray.errors import ConfigError, ModelError
 from bitdistill_ray.quant.grouping import Grouping
 from bitdistill_ray.quant.quantizer import Quantizer, quantizer_of
-from bitdistill_ray.quant.rounding import MIN_SCALE, round_scale
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -46,7 +45,7 @@ class QuantizedTensor:
 def quantize(
     w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None, name: str = "weight", known_finite: bool = False
 ) -> QuantizedTensor:
-    """The codes and scales of a matrix; `alpha`, shaped like the scales, for formats that learn it.
+    """The codes and scales of a matrix in its `stored` format; `alpha`, shaped like the scales, where it is learned.
 
     `known_finite` leaves out the look at its values, which waits for the device.
     Raises ModelError, naming `name`, for a weight that is not a matrix or not finite, and for a wrong alpha.
@@ -65,7 +64,7 @@ def quantize(
             zeros.append(zero_RG1.to(torch.uint8))
     shape = (w_NK.shape[0], w_NK.shape[1])
     return QuantizedTensor(
-        spec=spec,
+        spec=replace(spec, format=spec.format.stored),
         shape=shape,
         codes_NK=grouping.join(codes, shape),
         scale=_stored(grouping.join_groups(scales), spec),
@@ -199,7 +198,7 @@ def _scale_and_zero(
     """The scale as it will be stored, and the zero points that follow from it."""
     if alpha_RG1 is None:
         return quantizer.scale_and_zero(w_RGS, spec.scale_dtype)
-    return round_scale(alpha_RG1.to(w_RGS.dtype).clamp(min=MIN_SCALE), spec.scale_dtype), None
+    return quantizer.learned_scale_and_zero(alpha_RG1.to(w_RGS.dtype), spec.scale_dtype)
 
 
 def _stored(per_group_RGC: Tensor, spec: QuantSpec) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitdistill_ray.core import Format, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.quant.rounding import round_scale
+from bitdistill_ray.quant.rounding import MIN_SCALE, round_scale
 
 
 class Quantizer(ABC):
@@ -35,6 +35,10 @@ class Quantizer(ABC):
     def scale_and_zero(self, w_RGS: Tensor, dtype: ScaleDtype) -> tuple[Tensor, Tensor | None]:
         """The scales as they will be stored, and the zero points [R, G, 1] in w's dtype where the format has them."""
         return round_scale(self.raw_scale(w_RGS), dtype), None
+
+    def learned_scale_and_zero(self, alpha_RG1: Tensor, dtype: ScaleDtype) -> tuple[Tensor, Tensor | None]:
+        """The same of a learned alpha; alpha stays above `MIN_SCALE`."""
+        return round_scale(alpha_RG1.clamp(min=MIN_SCALE), dtype), None
 
     @abstractmethod
     def encode(self, w_RGS: Tensor, scale_RGC: Tensor, zero_RG1: Tensor | None, rounding: Rounding) -> Tensor:

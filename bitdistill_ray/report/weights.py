@@ -32,6 +32,8 @@ GRIDS: dict[Format, tuple[float, ...]] = {
     Format.SEQ2: (-0.75, -0.25, 0.25, 0.75),
     Format.SEQ_TERNARY: (-2 / 3, 0.0, 2 / 3),
     Format.LSQ3: tuple(map(float, range(-4, 4))),
+    Format.INT2_LSQ: tuple(map(float, range(-2, 3))),
+    Format.INT3_LSQ: tuple(map(float, range(-4, 5))),
 }
 """The values that codes stand for, in units of the scale (for int2 and int3 under every zero point)."""
 

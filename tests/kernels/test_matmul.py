@@ -127,7 +127,7 @@ def test_int8_sums_are_exact_integers(format: Format, instruction_set: str) -> N
 
 
 @pytest.mark.parametrize("instruction_set", SETS)
-@pytest.mark.parametrize("format", list(Format))
+@pytest.mark.parametrize("format", [format for format in Format if format.stored is format])
 def test_the_largest_sums_do_not_overflow(format: Format, instruction_set: str) -> None:
     """All codes and activations at one end, on the longest row that is supported: 65,536 inputs."""
     N, K = 2, 65536

@@ -7,8 +7,8 @@ import torch
 
 from bitdistill_ray.core import Format, Granularity, PackedWeight, QuantSpec, ScaleDtype
 from bitdistill_ray.errors import PackedError
-from bitdistill_ray.packed.weight import pack, packed_shapes, unpack
-from bitdistill_ray.quant import QuantizedTensor, dequantize, initial_alpha, quantize
+from bitdistill_ray.packed.weight import check_packed, pack, packed_shapes, unpack
+from bitdistill_ray.quant import QuantizedTensor, dequantize, fake_quantize, initial_alpha, quantize
 
 
 def specs() -> list[QuantSpec]:
@@ -77,3 +77,16 @@ def test_wrong_tensors_are_refused(change: str) -> None:
     }
     with pytest.raises(PackedError):
         unpack(damaged[change])
+
+
+def test_what_only_trains_is_packed_as_the_format_it_stands_for() -> None:
+    w_NK = torch.randn(6, 40, generator=torch.Generator().manual_seed(3)) * 0.1
+    spec = QuantSpec(format=Format.INT2_LSQ, group_size=16)
+    alpha = initial_alpha(w_NK, spec)
+    assert (alpha < 0).any()
+    assert (alpha > 0).any()
+    packed = pack(quantize(w_NK, spec, alpha=alpha))
+    assert packed.spec == QuantSpec(format=Format.INT2, group_size=16)
+    assert torch.equal(dequantize(unpack(packed)), fake_quantize(w_NK, spec, alpha=alpha))
+    with pytest.raises(PackedError, match="says int2-lsq, which is packed as int2"):
+        check_packed(replace(packed, spec=spec), "w")

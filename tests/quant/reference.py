@@ -97,3 +97,16 @@ def lsq3(w: list[float], g: list[float], rounding: Rounding, alpha: float, weigh
         reference.grad_w.append(gi if inside else 0.0)
         reference.grad_alpha += gi * (level - x / alpha if inside else level) / math.sqrt(weights * 3)
     return reference
+
+
+def lsq_affine(w: list[float], g: list[float], rounding: Rounding, alpha: float, weights: int, bits: int) -> Reference:
+    """LSQ with levels -(2^(bits-1) - 1) .. 2^(bits-1) of a signed alpha; codes and zero point are those of |alpha|."""
+    reference, top = Reference([], [], []), 2 ** (bits - 1)
+    for x, gi in zip(w, g, strict=True):
+        level = min(max(nearest(x / alpha, rounding), 1 - top), top)
+        inside = 1 - top <= x / alpha <= top
+        reference.codes.append(level + top - 1 if alpha > 0 else top - level)
+        reference.values.append(level * alpha)
+        reference.grad_w.append(gi if inside else 0.0)
+        reference.grad_alpha += gi * (level - x / alpha if inside else level) / math.sqrt(weights * (top - 1))
+    return reference

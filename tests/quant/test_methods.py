@@ -26,6 +26,9 @@ def expected(format: Format, w: list[float], g: list[float], rounding: Rounding,
             return reference.seq(w, g, rounding, alpha, N * K, n=1.5, c=0, first=-1)
         case Format.LSQ3:
             return reference.lsq3(w, g, rounding, alpha, N * K)
+        case Format.INT2_LSQ | Format.INT3_LSQ:
+            bits = 2 if format is Format.INT2_LSQ else 3
+            return reference.lsq_affine(w, g, rounding, alpha, N * K, bits=bits)
 
 
 def spec_of(format: Format, granularity: Granularity, rounding: Rounding = Rounding.HALF_EVEN) -> QuantSpec:
@@ -146,3 +149,23 @@ def test_gradients_pass_through_the_rounding_of_the_scale() -> None:
     by_hand[0, w.argmax()] += routed
     by_hand[0, w.argmin()] -= routed
     torch.testing.assert_close(w.grad, by_hand.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("learned", "plain"), [(Format.INT2_LSQ, Format.INT2), (Format.INT3_LSQ, Format.INT3)])
+def test_a_learned_affine_scale_begins_where_the_plain_format_is(learned: Format, plain: Format) -> None:
+    w = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    spec, of = spec_of(learned, Granularity.GROUP), spec_of(plain, Granularity.GROUP)
+    begun = quantize(w, spec, alpha=initial_alpha(w, spec))
+    q = quantize(w, of)
+    assert begun.spec == of
+    assert begun.zero is not None
+    assert q.zero is not None
+    assert torch.equal(begun.scale, q.scale)
+    middle = {Format.INT2: (1, 2), Format.INT3: (3, 4)}[plain]
+    same = (q.zero >= middle[0]) & (q.zero <= middle[1])
+    assert same.float().mean() > (0.99 if plain is Format.INT2 else 0.8)
+    assert torch.equal(begun.zero[same], q.zero[same])
+    assert int(begun.zero.min()) == middle[0]
+    assert int(begun.zero.max()) == middle[1]
+    codes, plain_codes = (x.codes_NK.view(64, -1, SIZE)[same] for x in (begun, q))
+    assert torch.equal(codes, plain_codes)

@@ -20,7 +20,7 @@ from tests.quant.cases import alpha_of, spec_of, specs, weights
 quick = settings(deadline=None, max_examples=50)
 thorough = settings(deadline=None, max_examples=200)
 
-LEARNABLE = (Format.SEQ2, Format.SEQ_TERNARY, Format.LSQ3)
+LEARNABLE = (Format.SEQ2, Format.SEQ_TERNARY, Format.LSQ3, Format.INT2_LSQ, Format.INT3_LSQ)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -29,7 +29,7 @@ ROWS, COLUMNS = 5, 44  # 44 = 2 groups of 16 and 12 more; no whole number of byt
 def specs() -> dict[str, QuantSpec]:
     """Every combination that `QuantSpec` allows, by a name that says it."""
     found = {}
-    for format in Format:
+    for format in (format for format in Format if format.stored is format):
         for granularity in Granularity:
             grouped = granularity in (Granularity.GROUP, Granularity.BLOCK)
             if format is Format.NF3 and granularity is not Granularity.GROUP:
