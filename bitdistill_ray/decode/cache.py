@@ -77,7 +77,8 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
         self.window: int = config.sliding_window if LayerKind.SLIDING in self.kinds else tokens
         shape = (len(self.kinds), 2, rows, config.num_key_value_heads, tokens + 1, head_size(config))
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self._columns = torch.arange(tokens, device=device)
+        self.rows = rows
+        self._columns, self._numbers = torch.arange(tokens, device=device), torch.arange(rows, device=device)
         self._rows: slice | Tensor = slice(0, 0)
         self._rows_B1 = self._write_BT = self._columns[:0]
         self._live = 0
@@ -90,25 +91,34 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
         Returns (position_ids_BT, attention_mask): the mask is one tensor, or a dict by layer kind where the model
         mixes kinds, as the Hugging Face models of such families expect.
         """
-        width, device = max(counts), self.kv.device
-        start_B1, count_B1 = torch.tensor([[*starts], [*counts]], device=device)[:, :, None]
+        start_B1, count_B1 = torch.tensor([[*starts], [*counts]], device=self.kv.device)[:, :, None]
+        live = max(start + count for start, count in zip(starts, counts, strict=True))
+        oldest = max(0, min(starts) - self.window + 1) // LEAP * LEAP
+        contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows)))
+        where = slice(rows[0], rows[0] + len(rows)) if contiguous else torch.tensor(rows, device=self.kv.device)
+        return self.see(where, start_B1, count_B1, width=max(counts), live=self.leap(live), oldest=oldest)
+
+    def leap(self, live: int, leap: int = LEAP) -> int:
+        """`live` tokens in whole leaps, as many as a row holds at most."""
+        return min(-(-live // leap) * leap, self.tokens)
+
+    def see(
+        self, rows: slice | Tensor, start_B1: Tensor, count_B1: Tensor, *, width: int, live: int, oldest: int
+    ) -> tuple[Tensor, Any]:
+        """`begin` on the device alone, with nothing asked of it: each row appends `count` (of `width`) tokens at
+        `start`; full layers see the tokens before `live`, sliding ones from `oldest` on."""
         step_T = self._columns[:width]
         real_BT = step_T < count_B1
         positions_BT = torch.where(real_BT, start_B1 + step_T, 0)
         self._write_BT = torch.where(real_BT, positions_BT, self.tokens)
-        live = max(start + count for start, count in zip(starts, counts, strict=True))
-        self._live = min(-(-live // LEAP) * LEAP, self.tokens)
-        self._rows_B1 = torch.tensor(rows, device=device)[:, None]
-        contiguous = list(rows) == list(range(rows[0], rows[0] + len(rows)))
-        self._rows = slice(rows[0], rows[0] + len(rows)) if contiguous else self._rows_B1[:, 0]
-        self._views = {kind: self._view(kind, positions_BT, min(starts)) for kind in dict.fromkeys(self.kinds)}
+        self._live, self._rows = live, rows
+        self._rows_B1 = self._numbers[rows, None]
+        self._views = {kind: self._view(kind, positions_BT, oldest) for kind in dict.fromkeys(self.kinds)}
         masks = {kind.value: view.mask_B1TL for kind, view in self._views.items()}
         return positions_BT, masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _view(self, kind: LayerKind, positions_BT: Tensor, oldest_start: int) -> _View:
-        first = 0
-        if kind is LayerKind.SLIDING:
-            first = max(0, oldest_start - self.window + 1) // LEAP * LEAP
+    def _view(self, kind: LayerKind, positions_BT: Tensor, oldest: int) -> _View:
+        first = oldest if kind is LayerKind.SLIDING else 0
         key_L, query_BT1 = self._columns[first : self._live], positions_BT[:, :, None]
         seen_BTL = key_L <= query_BT1
         if kind is LayerKind.SLIDING:

@@ -1,14 +1,15 @@
 """The decoder over a Hugging Face model: every supported family, full precision or packed, on a CPU or a GPU.
 
 The model's own modules compute; this file only decides which rows of the cache they see.  It runs the base model and
-applies the head to the last token of each sequence alone, so that a prefill never makes [T, V] logits.
+applies the head to the last token of each sequence alone, so that a prefill never makes [T, V] logits.  On a GPU, steps
+are replayed from CUDA graphs (`step_graphs.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from bitdistill_ray.decode.base import CapacityError
 from bitdistill_ray.decode.cache import SlotCache
+from bitdistill_ray.decode.step_graphs import StepGraphs
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.heads import LMHead
 
@@ -34,7 +36,10 @@ class _Sequence:
 class TorchDecoder:
     """A `Decoder` (see `decode.base`) over any causal LM with full or sliding-window attention."""
 
-    def __init__(self, model: PreTrainedModel, *, slots: int = 8, slot_tokens: int = 2048) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, slots: int = 8, slot_tokens: int = 2048, graphs: bool | None = None
+    ) -> None:
+        """`graphs`: whether steps run in the few shapes that are recorded; empty: where they are, on one GPU."""
         config = model.config
         if config._attn_implementation not in MASKED_ATTENTION:
             raise ModelError(
@@ -47,6 +52,9 @@ class TorchDecoder:
         self._device: torch.device = model.device
         self._slot_tokens: int = min(slot_tokens, config.max_position_embeddings)
         self._cache = SlotCache(config, rows=slots, tokens=self._slot_tokens, dtype=model.dtype, device=self._device)
+        devices = {parameter.device for parameter in model.parameters()}
+        replayed = (self._device.type == "cuda" and len(devices) == 1) if graphs is None else graphs
+        self._graphs = StepGraphs(self._cache, self._run) if replayed else None
         self._sequences = [_Sequence() for _ in range(slots)]
         self._row_of_slot = list(range(slots))
         self._slot_of_row = list(range(slots))
@@ -133,7 +141,12 @@ class TorchDecoder:
                     "Finish the sequence there, or load the decoder with a larger slot_tokens",
                 )
         self._bring_together(slots)
-        return self._logits(self._forward(slots, [[token] for token in tokens]))
+        if self._graphs is None:
+            return self._logits(self._forward(slots, [[token] for token in tokens]))
+        logits_BV = self._graphs([self._row_of_slot[slot] for slot in slots], [self.length(s) for s in slots], tokens)
+        for slot in slots:
+            self._sequences[slot].length += 1
+        return logits_BV
 
     def _check(self, slots: Sequence[int], *, pending: bool) -> None:
         """A caller's mistakes would corrupt other sequences silently; they are bugs, so they are ValueErrors."""
@@ -165,6 +178,14 @@ class TorchDecoder:
         positions_BT, mask = self._cache.begin(
             [self._row_of_slot[slots[i]] for i in order], [self.length(slots[i]) for i in order], counts
         )
+        hidden_BTD = self._hidden(ids_BT, positions_BT, mask)
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self._sequences[slot].length += len(chunk)
+        place = {i: at for at, i in enumerate(order)}  # from the caller's order to the order of rows
+        asked = [place[i] for i in range(len(slots))]
+        return hidden_BTD[asked, [counts[at] - 1 for at in asked]]
+
+    def _hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Any) -> Tensor:
         hidden_BTD: Tensor = self._base(
             input_ids=ids_BT,
             attention_mask=mask,
@@ -172,11 +193,11 @@ class TorchDecoder:
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self._sequences[slot].length += len(chunk)
-        place = {i: at for at, i in enumerate(order)}  # from the caller's order to the order of rows
-        asked = [place[i] for i in range(len(slots))]
-        return hidden_BTD[asked, [counts[at] - 1 for at in asked]]
+        return hidden_BTD
+
+    def _run(self, ids_B1: Tensor, positions_B1: Tensor, mask: Any) -> Tensor:
+        """One token of each row: fp32 logits_BV."""
+        return self._logits(self._hidden(ids_B1, positions_B1, mask)[:, -1])
 
     @torch.inference_mode()
     def _logits(self, hidden_BD: Tensor) -> Tensor:

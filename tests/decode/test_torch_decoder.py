@@ -6,7 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from bitdistill_ray.decode import step_graphs
 from bitdistill_ray.decode.base import CapacityError, Decoder
+from bitdistill_ray.decode.generation import generate
+from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError
 from tests.tiny_models import CASES, VOCAB_SIZE, tiny_model
@@ -29,10 +32,11 @@ def prefill(decoder: Decoder, slot: int, chunk: int) -> torch.Tensor:
             return logits_V
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_batch_equals_transformers_one_by_one(case: str) -> None:
+def test_greedy_batch_equals_transformers_one_by_one(graphs: bool, case: str) -> None:
     model = tiny_model(case)
-    decoder = TorchDecoder(model, slots=len(PROMPTS), slot_tokens=64)
+    decoder = TorchDecoder(model, slots=len(PROMPTS), slot_tokens=64, graphs=graphs)
     slots = [decoder.admit(prompt) for prompt in PROMPTS]
     logits = decoder.prefill(slots, 64)
     texts = [[int(row.argmax())] for row in logits if row is not None]
@@ -44,11 +48,12 @@ def test_greedy_batch_equals_transformers_one_by_one(case: str) -> None:
     assert texts == [greedy_by_transformers(model, prompt, 12) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("case", ["llama", "gemma3"])
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_logits_equal_a_full_forward_whatever_the_chunk(case: str, chunk: int) -> None:
+def test_logits_equal_a_full_forward_whatever_the_chunk(graphs: bool, case: str, chunk: int) -> None:
     model = tiny_model(case)
-    decoder = TorchDecoder(model, slots=2, slot_tokens=64)
+    decoder = TorchDecoder(model, slots=2, slot_tokens=64, graphs=graphs)
     ids = list(range(30, 53))
     slot = decoder.admit(ids[:20])
     seen = [prefill(decoder, slot, chunk), *(decoder.step([slot], [token])[0] for token in ids[20:])]
@@ -57,11 +62,12 @@ def test_logits_equal_a_full_forward_whatever_the_chunk(case: str, chunk: int) -
     torch.testing.assert_close(torch.stack(seen), expected_TV, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("case", ["qwen3", "gemma3"])
-def test_prefill_interleaves_with_steps_and_slots_are_reused(case: str) -> None:
+def test_prefill_interleaves_with_steps_and_slots_are_reused(graphs: bool, case: str) -> None:
     """One sequence leaves, a longer one is read in chunks while the others step; nobody's text changes."""
     model = tiny_model(case)
-    decoder = TorchDecoder(model, slots=3, slot_tokens=64)
+    decoder = TorchDecoder(model, slots=3, slot_tokens=64, graphs=graphs)
     slots = {i: decoder.admit(PROMPTS[i]) for i in (0, 1, 2)}
     texts = {i: [int(prefill(decoder, slots[i], 5).argmax())] for i in slots}
 
@@ -165,3 +171,25 @@ def test_a_layer_kind_without_a_cache_is_refused() -> None:
     model.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ModelError, match="linear_attention"):
         TorchDecoder(model)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are recorded on a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_step_is_the_step(case: str) -> None:
+    """Sequences of 3 to 23 tokens grow past a leap of the graphs' and leave, one after the other."""
+    model = tiny_model(case).to("cuda")
+    texts = []
+    for graphs in (False, True):
+        decoder = TorchDecoder(model, slots=len(PROMPTS), slot_tokens=64, graphs=graphs)
+        decoder_texts = generate(decoder, PROMPTS * 2, Sampling(max_tokens=30, temperature=0), stop_ids=())
+        texts.append([text.ids for text in decoder_texts])
+    assert texts[0] == texts[1]
+
+
+def test_steps_come_in_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_graphs, "LEAP", 16)
+    decoder = TorchDecoder(tiny_model("llama"), slots=6, slot_tokens=64, graphs=True)
+    texts = generate(decoder, PROMPTS * 3, Sampling(max_tokens=25, temperature=0), stop_ids=())
+    assert {len(text.ids) for text in texts} == {25}
+    assert decoder._graphs is not None
+    assert set(decoder._graphs._steps) <= {(batch, live) for batch in (1, 2, 4, 6) for live in (16, 32, 48, 64)}
