@@ -8,10 +8,12 @@ TABLE is a shipped name or a YAML path:
     rows:
       clipped: {set: [stages.distill=false]}
       ce: {branch: clipped, set: ["stages.distill.loss={ce: 1, forward_kl: 0}"]}
+      again: {after: ce, set: ["model.student={run}/ce/stages/distill/student"]}
 
-A row takes over what the row it branches from has made, and waits for it.  On one machine each gets a Ray, GPUs and
-cores of its own, as many rows at a time as there are GPUs for; where RAY_ADDRESS is set, rows join that cluster.  Each
-is one `bitdistill train` command, which is printed and makes the row again; a sweep that was cut goes on where it was.
+A row takes over what the row it branches from has made, and waits for it; `after` waits for a row that it reads.  On
+one machine each gets a Ray, GPUs and cores of its own, as many rows at a time as there are GPUs for; where RAY_ADDRESS
+is set, rows join that cluster.  Each is one `bitdistill train` command, which is printed and makes the row again; a
+sweep that was cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ LOOK_EVERY_S, SAY_EVERY_S = 0.5, 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One run of the table: `arguments` of `bitdistill train`, and the row that it branches from."""
+    """One run of the table: `arguments` of `bitdistill train`, and the rows that must be finished before."""
 
     name: str
     arguments: tuple[str, ...]
     config: Config
-    branch: str | None
+    waits_for: tuple[str, ...] = ()
 
     @property
     def command(self) -> str:
@@ -76,10 +78,10 @@ class Running:
 
 
 def rows_of(table: TableConfig, overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Row]:
-    """The rows named in `only` (all without) and those that they branch from, checked, branches first.
+    """The rows named in `only` (all without) and those that they wait for, checked, in an order in which they can run.
 
     Raises:
-        ConfigError: no such row, rows that branch in a circle, a recipe or an override that cannot be run.
+        ConfigError: no such row, rows that wait in a circle, a recipe or an override that cannot be run.
     """
     ordered: dict[str, Row] = {}
 
@@ -89,15 +91,16 @@ def rows_of(table: TableConfig, overrides: Sequence[str] = (), only: Sequence[st
         if name not in table.rows:
             raise ConfigError("rows", f"there is none called {name!r}", f"Known: {', '.join(table.rows)}")
         if name in waiting:
-            raise ConfigError(f"rows.{name}.branch", f"a circle: {' -> '.join([*waiting, name])}", "Cut it somewhere")
+            raise ConfigError(f"rows.{name}", f"waits in a circle: {' -> '.join([*waiting, name])}", "Cut it somewhere")
         row = table.rows[name]
-        if row.branch is not None:
-            add(row.branch, (*waiting, name))
+        for before in row.waits_for:
+            add(before, (*waiting, name))
         branch = [] if row.branch is None else [f"branch={table.run}/{row.branch}"]
-        settings = [*table.set, *overrides, *row.set, f"run={table.run}/{name}", *branch]
+        own = [setting.replace("{run}", table.run) for setting in row.set]
+        settings = [*table.set, *overrides, *own, f"run={table.run}/{name}", *branch]
         config = recipe.load(row.recipe or table.recipe, settings)
         ordered[name] = Row(name=name, arguments=(row.recipe or table.recipe, *settings), config=config,
-                            branch=row.branch)  # fmt: skip
+                            waits_for=row.waits_for)  # fmt: skip
 
     for name in only or table.rows:
         add(name, ())
@@ -136,11 +139,11 @@ def sweep(rows: Sequence[Row], free: list[Place], logs: Path) -> list[Row]:
     try:
         while waiting or running:
             for row in list(waiting):
-                if row.branch in lost:
+                if missing := lost.intersection(row.waits_for):
                     waiting.remove(row)
                     lost.add(row.name)
-                    print(f"[{row.name}] left out, since {row.branch} did not come to its end", flush=True)
-                elif free and (row.branch is None or row.branch in {done.name for done in finished}):
+                    print(f"[{row.name}] left out, since {min(missing)} did not come to its end", flush=True)
+                elif free and {done.name for done in finished}.issuperset(row.waits_for):
                     waiting.remove(row)
                     running.append(_start(row, free.pop(0), logs))
             for run in [run for run in running if run.process.poll() is not None]:
@@ -201,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                                       epilog=f"tables: {', '.join(shipped_tables())}")  # fmt: skip
     command.add_argument("table", metavar="TABLE")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of every row")
-    command.add_argument("--rows", metavar="ROW,…", help="only these, and those that they branch from")
+    command.add_argument("--rows", metavar="ROW,…", help="only these, and those that they wait for")
     command.add_argument("--run", metavar="FOLDER", help="in place of the table's")
     command.add_argument("--at-a-time", type=int, metavar="N", help="rows; on one machine they share its GPUs")
     command.add_argument("--plan", action="store_true", help="print the rows' commands, and start nothing")

@@ -19,9 +19,16 @@ class RowConfig(Strict):
     """One row; a list is short for its `set`."""
 
     set: Overrides = ()
-    """`key=value` overrides of this row."""
+    """`key=value` overrides of this row; `{run}` in them is the table's folder."""
     branch: str | None = None
     """The row whose finished stages this one takes over."""
+    after: str | None = None
+    """The row that must be finished before, since this one reads what it made (`model.student={run}/ROW/…`)."""
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """The rows that come before this one."""
+        return tuple(row for row in (self.branch, self.after) if row is not None)
     recipe: str | None = None
     """In place of the table's."""
 

@@ -41,6 +41,15 @@ def test_a_row_is_one_train_command_and_comes_after_its_branch() -> None:
     assert stage.loss.forward_kl == 1
 
 
+def test_a_row_may_read_what_another_made() -> None:
+    rows = {"second": {"after": "first", "set": ["model.student={run}/first/stages/distill/student"]}, "first": None}
+    table = TableConfig.model_validate({"recipe": "demo", "run": "s3://bucket/table", "rows": rows})
+    first, second = sweep.rows_of(table)
+    assert (first.name, second.waits_for) == ("first", ("first",))
+    assert second.config.model.student == "s3://bucket/table/first/stages/distill/student"
+    assert second.config.branch is None
+
+
 def test_chosen_rows_bring_their_branches() -> None:
     assert [row.name for row in sweep.rows_of(TABLE, only=["kl"])] == ["clipped", "kl"]
     with pytest.raises(ConfigError, match=r"rows: there is none called 'jsd'. Known: kl, clipped, plain"):
@@ -50,7 +59,7 @@ def test_chosen_rows_bring_their_branches() -> None:
 def test_rows_that_branch_in_a_circle_are_refused() -> None:
     rows = {"a": {"branch": "b"}, "b": {"branch": "a"}}
     table = TableConfig.model_validate({"recipe": "demo", "run": "runs/x", "rows": rows})
-    with pytest.raises(ConfigError, match=r"rows.a.branch: a circle: a -> b -> a"):
+    with pytest.raises(ConfigError, match=r"rows.a: waits in a circle: a -> b -> a"):
         sweep.rows_of(table)
 
 
@@ -88,8 +97,8 @@ def test_rows_behind_a_row_that_fails_are_left_out_and_others_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
-        sweep.Row(name=name, arguments=("demo", *more), config=recipe.load("demo"), branch=branch)
-        for name, branch, more in (("bad", None, ["stages.clpi=1"]), ("behind", "bad", ()), ("plan", None, ["--plan"]))
+        sweep.Row(name=name, arguments=("demo", *more), config=recipe.load("demo"), waits_for=before)
+        for name, before, more in (("bad", (), ["stages.clpi=1"]), ("behind", ("bad",), ()), ("plan", (), ["--plan"]))
     ]
     finished = sweep.sweep(rows, [sweep.Place()], tmp_path)
     assert [row.name for row in finished] == ["plan"]
