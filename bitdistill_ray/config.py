@@ -270,6 +270,9 @@ class Config(Strict):
             self._check_text(name, stage, written="write" in kinds[:place])
             if isinstance(stage, TrainStage):
                 self._check_batch(name, stage.batch_sequences)
+                if stage.average and self.student.zero == 3:
+                    raise ConfigError(f"stages.{name}.average", f"{stage.average} under ZeRO-3, where no rank holds "
+                                      "the weights", "Set student.zero=2, or average=0")  # fmt: skip
             if isinstance(stage, PretrainStage | DistillStage) and stage.loss.needs_teacher:
                 self._check_payload(name, stage.loss)
         return self

@@ -236,6 +236,8 @@ class TrainStage(Strict):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
+    average: float = Field(0.0, ge=0, lt=1)
+    """Share of the steps, the last ones, whose weights' mean is what the stage gives; 0: the last step's weights."""
     checkpoint_every: int = Field(200, ge=1)
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = Field(2, ge=1)

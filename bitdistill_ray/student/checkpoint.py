@@ -40,10 +40,15 @@ MORE_SPACE = "Free some space; the same command continues from the checkpoint be
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Optimiser steps that are done, and the data ledger after them."""
+    """Optimiser steps that are done, the data ledger after them, and what is averaged so far (`averaging.py`)."""
 
     step: int
     ledger: dict[str, Any] | None
+    average: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For DeepSpeed's client state; the tensors are not copied."""
+        return {"step": self.step, "ledger": self.ledger, "average": self.average}
 
 
 class Checkpoints:
@@ -92,7 +97,7 @@ class Checkpoints:
         dist.barrier()
         scratch = tempfile.mkdtemp(prefix=SCRATCH, dir=self.run.url if self.run.is_local else None)
         try:
-            engine.save_checkpoint(scratch, tag=TAG, client_state={"position": asdict(position)}, save_latest=False)
+            engine.save_checkpoint(scratch, tag=TAG, client_state={"position": position.to_dict()}, save_latest=False)
             (Path(scratch) / "rank.json").write_text(json.dumps({"rank": self.rank, "ranks": self.ranks}))
         except (OSError, RuntimeError) as error:  # torch's zip writer turns ENOSPC into a RuntimeError
             full = _is_full(error, scratch)

@@ -35,6 +35,7 @@ from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import load_student, save_student
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import provenance, storage_opener
+from bitdistill_ray.student.averaging import WeightAverage
 from bitdistill_ray.student.checkpoint import Checkpoints, Position
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.figures import Figures
@@ -99,6 +100,8 @@ class Worker:
         self.unread: deque[Outcome] = deque()
         # a step's figures are read when the next step is on its way, so that no GPU waits for Python
         self.late, self.read_at = int(self.device.type == "cuda"), time.perf_counter()
+        share = job.stage.average
+        self.average = WeightAverage(self.model, steps=job.steps, share=share) if share else None
         self.attempt = new_attempt(self.device)
         self.layout = self._record(module)
         self.checkpoints = self._checkpoints()
@@ -130,6 +133,8 @@ class Worker:
         for step, micros in enumerate(inbox, start=position.step):
             losses, tokens = self.step(micros, inbox.signals, inbox.take_up)
             self.unread.append(self._outcome(step, losses, tokens, inbox.sequences))
+            if self.average:
+                self.average.add(step + 1)
             self._read(inbox, unread=self.late)
             self._save_if_due(step + 1, inbox)
         self._read(inbox, unread=0)
@@ -225,6 +230,8 @@ class Worker:
                           attempt=self.attempt, device=self.device, long=self.layout is not None,
                           say=self._say)  # fmt: skip
         self._adopt()
+        if self.average and position.average:
+            self.average.load(position.average)
         if self.rank == 0:
             ray.get(self.job.feeder.resume.remote(position.ledger))
             ray.get(self.job.monitor.rewind.remote(position.step))
@@ -256,7 +263,8 @@ class Worker:
             ray.get(self.job.monitor.flush.remote())  # before the checkpoint counts, so that a resume finds every row
             rows = ray.get(self.job.monitor.own_rows.remote(since=step - self.job.stage.checkpoint_every))
             loss = sum(row["loss"] for row in rows) / max(1, len(rows))
-        self.checkpoints.save(self.engine, Position(step, ledger), loss=loss)
+        average = self.average.state() if self.average else None
+        self.checkpoints.save(self.engine, Position(step, ledger, average), loss=loss)
 
     def _checkpoints(self) -> Checkpoints:
         student, stage = self.job.config.student, self.job.stage
@@ -372,6 +380,7 @@ class Worker:
                 if self.rank == 0:
                     tensors[name] = parameter.detach().cpu().clone()
         if self.rank == 0:
+            tensors |= self.average.tensors() if self.average else {}
             with self.job.run.publish(self.job.output) as folder:
                 save_student(folder, self.model, self.tokenizer, tensors=tensors,
                              provenance=provenance(self.job.config, stage=self.job.stage_name))  # fmt: skip

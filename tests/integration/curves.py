@@ -7,6 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from bitdistill_ray.storage import Storage
 
 SEQUENCES = ("step", "first_sequence", "last_sequence", "sequences", "sequence_digest", "learning_rate", "tokens")
@@ -18,8 +21,8 @@ TRAIN_ONLY = ("stages.write=false", "stages.clip=false", "stages.export=false", 
 
 def overrides_of(root: Path) -> tuple[str, ...]:
     """The runs that are compared: `STEPS` steps on the text in `root`, in fp32."""
-    return (f"data={root}/corpus.jsonl", *TRAIN_ONLY, "stages.distill.tokens=1024", "student.dtype=fp32",
-            "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
+    return (f"data={root}/corpus.jsonl", *TRAIN_ONLY, "stages.distill.tokens=1024", "stages.distill.average=0.75",
+            "student.dtype=fp32", "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
 
 
 def refined(alone: Path, name: str) -> Path:
@@ -40,3 +43,9 @@ def same_rows(folder: Storage | Path, other: Path) -> None:
     parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "forward_kl", "relation")))
     assert [row["step"] for row in a] == list(range(STEPS))
     assert [{k: row[k] for k in (*SAME, *parts)} for row in a] == [{k: row[k] for k in (*SAME, *parts)} for row in b]
+
+
+def student_of(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the student that the run made."""
+    found: dict[str, Tensor] = load_file(folder / "stages/distill/student/model.safetensors")
+    return found

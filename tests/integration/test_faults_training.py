@@ -12,13 +12,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.stages import training
 from bitdistill_ray.student.job import TrainJob
 from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
-from tests.integration.curves import SEQUENCES, STEPS, overrides_of, rows_of, same_rows
+from tests.integration.curves import SEQUENCES, STEPS, overrides_of, rows_of, same_rows, student_of
 from tests.road import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -70,6 +71,8 @@ def test_a_student_worker_that_is_told_to_stop_and_one_that_is_killed_resume_wit
     assert len(set(re.findall(RESUMED, said))) == 1
     assert len(re.findall(RESUMED, said)) == 2
     same_rows(victim, alone)
+    student, wanted = student_of(victim), student_of(alone)  # the mean over steps before and after the kills
+    assert all(torch.equal(student[name], tensor) for name, tensor in wanted.items())
     assert not (victim / "checkpoints/distill").exists()
 
 
@@ -87,3 +90,6 @@ def test_another_number_of_workers_goes_on_with_the_same_sequences(
         assert {k: found[k] for k in SEQUENCES} == {k: wanted[k] for k in SEQUENCES}
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    student = student_of(victim)
+    for name, tensor in student_of(alone).items():
+        torch.testing.assert_close(student[name], tensor, rtol=1e-3, atol=1e-5)
