@@ -90,12 +90,14 @@ def test_recipes_of_the_study_are_its_settings(name: str, fmt: Format, kinds: se
 
 
 def test_the_papers_recipes_are_the_papers_settings() -> None:
-    config = load_whole("bitdistiller-int2-llama2-7b")
-    stage = config.stages["distill"]
-    assert isinstance(stage, DistillStage)
-    steps, rest = divmod(stage.tokens, stage.batch_sequences * config.data.sequence_length)
-    assert (steps, rest, stage.batch_sequences, stage.learning_rate, stage.schedule) == (200, 0, 128, 8e-6, "constant")
-    assert objective_of(stage.loss).scalar_gamma is GammaMode.MAX
+    for name, fmt in (("bitdistiller-int2-llama2-7b", Format.INT2), ("bitdistiller-nf3-llama2-7b", Format.NF3)):
+        config = load_whole(name)
+        stage = config.stages["distill"]
+        assert isinstance(stage, DistillStage)
+        steps, rest = divmod(stage.tokens, stage.batch_sequences * config.data.sequence_length)
+        found = (steps, rest, stage.batch_sequences, stage.learning_rate, stage.schedule, config.quant.format)
+        assert found == (200, 0, 128, 8e-6, "constant", fmt)
+        assert objective_of(stage.loss).scalar_gamma is GammaMode.MAX
 
     config = load_whole("bitdistill-ternary-qwen3-0.6b")
     refine, finetune, stage = (config.stages[name] for name in ("refine", "finetune", "distill"))
