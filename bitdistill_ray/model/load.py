@@ -40,11 +40,9 @@ def load_model(
             beyond the model's vocabulary.
         StorageError: an object store that refuses.
     """
-    place = resolve(source, storage=storage)
     options = {} if spread is None else {"device_map": spread}
     try:
-        if place.endswith(".gguf"):
-            place = str(dequantised(Path(place), dtype))
+        place = readable(source, dtype=dtype, storage=storage)
         family_of(AutoConfig.from_pretrained(place))
         tokenizer = AutoTokenizer.from_pretrained(place)
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -59,6 +57,16 @@ def load_model(
         raise ModelError(source, f"lacks {len(lost)} tensors, such as {lost[0]}", "Get its files again")
     check_tokenizer(source, model, tokenizer)
     return (model if device is None or spread is not None else model.to(device)).eval(), tokenizer
+
+
+def readable(source: str, *, dtype: torch.dtype, storage: OpenStorage = Storage) -> str:
+    """A folder (or a hub's id) with the source's model and tokenizer as transformers reads them; a GGUF file is
+    dequantised to `dtype`.
+
+    Raises ModelError or StorageError.
+    """
+    place = resolve(source, storage=storage)
+    return str(dequantised(Path(place), dtype)) if place.endswith(".gguf") else place
 
 
 def check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:

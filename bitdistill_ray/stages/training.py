@@ -18,18 +18,21 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bitdistill_ray import env
+from bitdistill_ray.config import Config
 from bitdistill_ray.data.encoder import StoredEncoder, load_encoder
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.model.load import readable
 from bitdistill_ray.plan import steps
 from bitdistill_ray.ray_errors import user_error
-from bitdistill_ray.runs import StageRecord
+from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.sigterm import Terminated, sigterm_calls
 from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
@@ -58,7 +61,7 @@ def train(context: StageContext) -> StageRecord:
     finetunes = isinstance(options, FinetuneStage)
     loss = LossConfig(ce=1.0) if isinstance(options, FinetuneStage) else options.loss
     role = "teacher" if finetunes else "student"
-    tokenizer = config.model.teacher if finetunes else str(context.fetch("student"))
+    tokenizer = str(context.fetch("student")) if context.earlier("student") else _teachers_folder(config)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lost with us alone
     monitor = (
         ray.remote(Monitor).options(num_cpus=0, scheduling_strategy=here).remote(context.run.storage, context.name)
@@ -102,6 +105,11 @@ def train(context: StageContext) -> StageRecord:
     if gamma is not None:
         facts["gamma"] = round(gamma, 4)
     return context.record({role: context.path(role)}, **facts)
+
+
+def _teachers_folder(config: Config) -> str:
+    """Where a tokenizer is before there is a student."""
+    return readable(config.model.teacher, dtype=torch.float32, storage=storage_opener(config.storage))
 
 
 def _fit(

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from bitdistill_ray.data.encoder import load_encoder
 from bitdistill_ray.errors import ModelError, TeacherError
 from bitdistill_ray.model import gguf_file
 from bitdistill_ray.model.identity import identity, refuse_change, refuse_mismatch
-from bitdistill_ray.model.load import load_model
+from bitdistill_ray.model.load import load_model, readable
 from tests.model.tiny_gguf import write_gguf
 from tests.tiny_models import CASES, EVERY_CASE, save_tiny, tiny_model, tiny_tokenizer
 
@@ -152,3 +153,11 @@ def test_every_tiny_case_is_of_a_supported_family() -> None:
     from bitdistill_ray.model.families import FAMILIES
 
     assert {config.model_type for config, _ in CASES.values()} == set(FAMILIES)
+
+
+def test_a_gguf_files_folder_has_its_tokenizer(tmp_path: Path) -> None:
+    """`finetune` reads its corpus with it before there is a student."""
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama", intermediate_size=64), tiny_tokenizer())
+    encoder = load_encoder(readable(str(tmp_path / "tiny.gguf"), dtype=torch.float32))
+    text = "the cat sat on the mat"
+    assert encoder.encode([text])[0].tolist() == tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
