@@ -1,6 +1,8 @@
-"""python -m bitdistill_ray.export STUDENT OUT    pack a student folder (of a training stage) into `docs/FORMAT.md`'s.
+"""python -m bitdistill_ray.export STUDENT OUT [--format FORMAT]    pack a student folder (of a training stage).
 
-STUDENT is `RUN/stages/NAME/student`, local or at a URL.  The `export` stage does the same inside a run.
+STUDENT is `RUN/stages/NAME/student`, local or at a URL.  `packed` (docs/FORMAT.md) is what the `export` stage makes
+inside a run; `hf-bitnet` is a checkpoint of a ternary student with 8-bit activations that stock transformers loads:
+`--mode online` with latent weights, which go on training, `--mode packed` with four codes a byte.
 """
 
 from __future__ import annotations
@@ -12,21 +14,33 @@ from pathlib import Path
 
 from bitdistill_ray.errors import BitdistillError
 
+PACKED, HF_BITNET = "packed", "hf-bitnet"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack; returns the exit status, 2 after an error that the user can mend."""
     command = argparse.ArgumentParser(prog="bitdistill export", description=__doc__.partition("\n\n")[2])
     command.add_argument("student", metavar="STUDENT")
     command.add_argument("out", metavar="OUT")
+    command.add_argument("--format", choices=(PACKED, HF_BITNET), default=PACKED, help=f"default {PACKED}")
+    command.add_argument("--mode", choices=("online", "packed"), help=f"of {HF_BITNET} (default online)")
     options = command.parse_args(argv)
+    if options.mode and options.format != HF_BITNET:
+        command.error(f"--mode belongs to --format {HF_BITNET}")
     from bitdistill_ray.inspect import render
+    from bitdistill_ray.model.hf_bitnet import Mode, save_hf_bitnet
     from bitdistill_ray.model.sources import resolve
-    from bitdistill_ray.model.student import read_about
+    from bitdistill_ray.model.student import load_student, read_about, saved_dtype
     from bitdistill_ray.packed.export import pack_student
     from bitdistill_ray.packed.folder import PackedFolder
 
     try:
         source = Path(resolve(options.student))
+        if options.format == HF_BITNET:
+            model, tokenizer = load_student(source, dtype=saved_dtype(source))
+            save_hf_bitnet(Path(options.out), model, tokenizer, Mode(options.mode or Mode.ONLINE))
+            print(f"wrote {options.out}: AutoModelForCausalLM.from_pretrained({options.out!r})")
+            return 0
         pack_student(source, Path(options.out), dict(read_about(source)["provenance"]))
         print(render(PackedFolder.open(options.out), tensors=False))
     except BitdistillError as error:
