@@ -31,6 +31,7 @@ from bitdistill_ray.storage import replace_folder, storage_errors, temporary_sib
 
 CODES_OF_A_BYTE = 4
 FAR = 1.5  # times Delta
+MOST_UNITS = 8  # in the last place
 ABOVE = 4e-6  # what a sum in fp32 may lose
 WANTED = "one scale a matrix and 8-bit activations"
 
@@ -120,7 +121,7 @@ def _latent(name: str, linear: QuantLinear) -> dict[str, Tensor]:
     """Latent weights whose mean magnitude, which transformers divides by, is our scale, rounded to fp16 as it is.
 
     The difference of at most 1/2048 goes to weights beyond 1.5 Delta, whose codes are 1 and stay 1: in 16 bits some of
-    them move by one unit in the last place.  A weight of exactly Delta / 2 rounds to 0, so the mean must not be less.
+    them move by a unit in the last place or two.  A weight of exactly Delta / 2 rounds to 0, so the mean must not be less.
     """
     assert linear.spec is not None
     weight, scale = linear.weight.detach(), quantize(linear.weight, linear.spec, name=name).scale
@@ -129,8 +130,13 @@ def _latent(name: str, linear: QuantLinear) -> dict[str, Tensor]:
     far = magnitude > FAR * scale
     if weight.dtype is torch.float32:
         return {f"{name}.weight": weight + weight.sign() * far * (missing / max(1, int(far.sum())))}
-    further = (weight.view(torch.int16) + (1 if missing > 0 else -1)).view(weight.dtype)
-    moves = ((further.float() - weight.float()).abs() * far).double().flatten()
+    units = 1
+    while True:  # in bf16 one is enough, in fp16 sometimes two are
+        further = (weight.view(torch.int16) + (units if missing > 0 else -units)).view(weight.dtype)
+        moves = ((further.float() - weight.float()).abs() * far).double().flatten()
+        if units == MOST_UNITS or float(moves.sum()) >= abs(missing):
+            break
+        units += 1
     so_far = moves.cumsum(0)
     chosen = (so_far - moves < missing) if missing > 0 else (so_far <= -missing)
     return {f"{name}.weight": torch.where(far & chosen.view_as(far), further, weight)}
