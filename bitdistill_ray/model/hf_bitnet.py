@@ -121,7 +121,8 @@ def _latent(name: str, linear: QuantLinear) -> dict[str, Tensor]:
     """Latent weights whose mean magnitude, which transformers divides by, is our scale, rounded to fp16 as it is.
 
     The difference of at most 1/2048 goes to weights beyond 1.5 Delta, whose codes are 1 and stay 1: in 16 bits some of
-    them move by a unit in the last place or two.  A weight of exactly Delta / 2 rounds to 0, so the mean must not be less.
+    them move by a unit in the last place or two.  A weight of exactly Delta / 2 rounds to 0, so the mean must not be
+    less.
     """
     assert linear.spec is not None
     weight, scale = linear.weight.detach(), quantize(linear.weight, linear.spec, name=name).scale
