@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.monitor_config import MonitorConfig
+from bitdistill_ray.section import Strict
 from bitdistill_ray.stage_config import (
     CalibratedStage,
     DistillStage,
@@ -23,7 +24,6 @@ from bitdistill_ray.stage_config import (
     RefineStage,
     Sources,
     StageConfig,
-    Strict,
     TrainStage,
 )
 

@@ -3,8 +3,9 @@
 Measures models beside a teacher: perplexity, KL and top-1 agreement on texts, accuracy on tasks, each with the central
 95 % of a bootstrap.  A MODEL is a packed student, the folder of a training stage, or a plain model (Hugging Face id,
 folder, GGUF file, wheel:…), local or at a URL.  Without --text and --harness, the excerpt that ships is measured.  A
-task's YAML has the keys of `stages.evaluate.tasks`: name, path, template, labels, label_column, limit.  --harness names
-tasks of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy,piqa --harness gsm8k:5`.
+task's YAML has the keys of `stages.evaluate.tasks` (name, path, template, labels, label_column, limit) or, with a
+reference_column, those of `stages.evaluate.writing`: texts to write, scored by ROUGE and BLEU.  --harness names tasks
+of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy,piqa --harness gsm8k:5`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from bitdistill_ray.config import Dtype
 from bitdistill_ray.errors import BitdistillError, ConfigError
-from bitdistill_ray.stage_config import HarnessConfig, TaskConfig, TextConfig
+from bitdistill_ray.evaluate_config import HarnessConfig, TaskConfig, TextConfig, WritingConfig
 
 if TYPE_CHECKING:
     from bitdistill_ray.evaluation.metric import ModelReport
@@ -83,10 +84,12 @@ def evaluate(options: argparse.Namespace) -> list[ModelReport]:
     print(f"on {device} in {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     read = {t.name: t.join.join(read_texts(Source(t.path, text_column=t.text_column))) for t in texts}
     rows = [(task, read_rows(Source(task.path))[: task.limit]) for task in task_configs]
+    labelled = [(task, found) for task, found in rows if isinstance(task, TaskConfig)]
+    written = [(task, found) for task, found in rows if isinstance(task, WritingConfig)]
     teacher = load_candidate(options.teacher, dtype=dtype, device=device)
     texts_read = read or ({} if harness else {"excerpt": excerpt()})
-    suite = Suite.of(texts_read, rows, teacher.tokenizer, context=options.context, max_tokens=options.max_tokens,
-                     harness=harness)  # fmt: skip
+    suite = Suite.of(texts_read, labelled, teacher.tokenizer, context=options.context, max_tokens=options.max_tokens,
+                     harness=harness, writing=written)  # fmt: skip
     reports = [suite.report(TEACHER, teacher, teacher)]
     for source in options.models:
         print(f"measuring {source}", file=sys.stderr)
@@ -122,8 +125,8 @@ def harness_config(argument: str, options: argparse.Namespace) -> HarnessConfig:
                          include=options.include, limit=options.limit)  # fmt: skip
 
 
-def task_config(path: str) -> TaskConfig:
-    """A task from its YAML file.
+def task_config(path: str) -> TaskConfig | WritingConfig:
+    """A task from its YAML file: one to write, where it has a `reference_column`.
 
     Raises:
         ConfigError: not YAML, or not the keys of a task.
@@ -132,14 +135,17 @@ def task_config(path: str) -> TaskConfig:
     from bitdistill_ray.storage import Storage
 
     folder, _, name = path.rpartition("/")
+    section: type[TaskConfig | WritingConfig] = TaskConfig
     try:
-        return TaskConfig.model_validate(yaml.safe_load(Storage(folder or ".").read_bytes(name)))
+        content = yaml.safe_load(Storage(folder or ".").read_bytes(name))
+        section = WritingConfig if isinstance(content, dict) and "reference_column" in content else TaskConfig
+        return section.model_validate(content)
     except yaml.YAMLError as error:
         raise ConfigError(path, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([path, *map(str, first["loc"])])
-        raise ConfigError(where, first["msg"], f"Keys: {', '.join(TaskConfig.model_fields)}") from None
+        raise ConfigError(where, first["msg"], f"Keys: {', '.join(section.model_fields)}") from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import Strict, TextConfig
+from bitdistill_ray.evaluate_config import TextConfig
+from bitdistill_ray.section import Strict
 
 
 class WandbConfig(Strict):

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
-
-
-class Strict(BaseModel):
-    """A frozen section that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from bitdistill_ray.evaluate_config import EvaluateStage
+from bitdistill_ray.section import Strict
 
 
 class SourceConfig(Strict):
@@ -278,75 +273,6 @@ class ExportStage(Strict):
     kind: Literal["export"] = "export"
     baselines: bool = False
     """Also pack the student as it was before training (rounded to nearest, clipped, GPTQ's), for comparison."""
-
-
-class TextConfig(Strict):
-    """A text to measure perplexity, KL and agreement on."""
-
-    name: str
-    path: str
-    text_column: str = "text"
-    join: str = "\n\n"
-    """What stands between two rows."""
-
-
-class TaskConfig(Strict):
-    """A classification set, scored by the log-probability of each label's words after the prompt."""
-
-    name: str
-    path: str
-    template: str
-    """Prompt with `{column}` fields."""
-    labels: tuple[str, ...]
-    """The words of label 0, 1, …"""
-    label_column: str = "label"
-    limit: int | None = Field(None, ge=1)
-
-
-class HarnessConfig(Strict):
-    """Tasks of EleutherAI's lm-evaluation-harness; it needs `pip install bitdistill-ray[tasks]`."""
-
-    tasks: tuple[str, ...] = Field(min_length=1)
-    """Names of the harness, such as arc_easy, piqa, lambada_openai, gsm8k."""
-    include: str | None = None
-    """Local folder of task definitions beside the harness's own."""
-    fewshot: int | None = Field(None, ge=0)
-    """Solved examples in front of each question; empty: as the task says."""
-    limit: int | None = Field(None, ge=1)
-    """Rows of each task, at most."""
-    batch: int = Field(16, ge=1)
-    chat_template: bool = False
-
-    @model_validator(mode="after")
-    def _installed(self) -> HarnessConfig:
-        if find_spec("lm_eval") is None:
-            raise ConfigError("stages.evaluate.harness", "the package lm-eval is not installed",
-                              "Run `pip install bitdistill-ray[tasks]`, or leave the harness out")  # fmt: skip
-        return self
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
-
-
-class EvaluateStage(Strict):
-    """Teacher, baselines and student side by side."""
-
-    kind: Literal["evaluate"] = "evaluate"
-    excerpt: bool = True
-    """The public-domain excerpt that ships."""
-    written: bool = True
-    """The held-out part of what the teacher wrote, where there is one."""
-    texts: tuple[TextConfig, ...] = ()
-    tasks: tuple[TaskConfig, ...] = ()
-    harness: Annotated[tuple[HarnessConfig, ...], BeforeValidator(_listed)] = ()
-    """Sections of harness tasks; one alone needs no list."""
-    context: int = Field(512, ge=8)
-    """Tokens of one evaluation window."""
-    max_tokens: int | None = Field(None, ge=8)
-    """Of each text, at most so many."""
-    baselines: bool = False
-    """Also measure round-to-nearest, and the clipped-only student where there is one."""
 
 
 StageConfig = Annotated[

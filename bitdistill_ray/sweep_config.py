@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.stage_config import Strict
+from bitdistill_ray.section import Strict
 from bitdistill_ray.storage import Storage
 
 Overrides = tuple[str, ...]

@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from bitdistill_ray.errors import DataError
+from bitdistill_ray.evaluate_config import HarnessConfig
 from bitdistill_ray.evaluation.metric import Metric
-from bitdistill_ray.stage_config import HarnessConfig
 
 NORMAL_95 = 1.96
 

@@ -10,24 +10,27 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.evaluate_config import HarnessConfig, TaskConfig, WritingConfig
 from bitdistill_ray.evaluation import language, tasks
 from bitdistill_ray.evaluation.candidate import Candidate
 from bitdistill_ray.evaluation.harness import measure_harness
 from bitdistill_ray.evaluation.metric import ModelReport
+from bitdistill_ray.evaluation.writing import measure_writing
 from bitdistill_ray.machine import commit
 from bitdistill_ray.packed.model import vocabulary_hash
-from bitdistill_ray.stage_config import HarnessConfig, TaskConfig
 
 TEACHER = "teacher"
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """The texts by name, as token windows [W, T], the tasks by name with their rows, and those of the harness."""
+    """The texts by name, as token windows [W, T], the tasks and the texts to write with their rows, and those tasks of
+    the harness."""
 
     texts: Mapping[str, Tensor]
     tasks: Mapping[str, tuple[TaskConfig, Sequence[dict[str, Any]]]]
     harness: Sequence[HarnessConfig] = ()
+    writing: Sequence[tuple[WritingConfig, Sequence[dict[str, Any]]]] = ()
 
     @classmethod
     def of(
@@ -39,10 +42,11 @@ class Suite:
         context: int,
         max_tokens: int | None,
         harness: Sequence[HarnessConfig] = (),
+        writing: Sequence[tuple[WritingConfig, Sequence[dict[str, Any]]]] = (),
     ) -> Suite:
         """Cut the texts into windows of `context` tokens, at most `max_tokens` of each."""
         cut = {n: language.windows(t, tokenizer, context=context, max_tokens=max_tokens) for n, t in texts.items()}
-        return cls(cut, {task.name: (task, rows) for task, rows in task_rows}, harness)
+        return cls(cut, {task.name: (task, rows) for task, rows in task_rows}, harness, writing)
 
     def report(self, name: str, candidate: Candidate, teacher: Candidate) -> ModelReport:
         """Measure one model.
@@ -59,6 +63,8 @@ class Suite:
             report.metrics |= language.measure(model, teacher.model, ids_WT, name=text, alone=alone)
         for name, (task, rows) in self.tasks.items():
             report.metrics[f"accuracy:{name}"] = tasks.accuracy(model, candidate.tokenizer, rows, task)
+        for wanted, rows in self.writing:
+            report.metrics |= measure_writing(model, candidate.tokenizer, rows, wanted)
         for options in self.harness:
             report.metrics |= measure_harness(model, candidate.tokenizer, options)
         return report

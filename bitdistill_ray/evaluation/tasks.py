@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.errors import DataError
+from bitdistill_ray.evaluate_config import TaskConfig
 from bitdistill_ray.evaluation.metric import Metric, bootstrap
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
-from bitdistill_ray.stage_config import TaskConfig
 
 ROWS_AT_A_TIME = 16
 

@@ -13,8 +13,9 @@ from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.data.tables import read_texts
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.evaluate_config import EvaluateStage, TextConfig
 from bitdistill_ray.evaluation.suite import excerpt
-from bitdistill_ray.stage_config import EvaluateStage, SourceConfig, TextConfig, TrainStage
+from bitdistill_ray.stage_config import SourceConfig, TrainStage
 from bitdistill_ray.stages.base import StageContext
 from bitdistill_ray.student.quality import cut
 

@@ -7,15 +7,17 @@ the teacher that the student learned from.
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from bitdistill_ray.data.tables import read_rows, read_texts
+from bitdistill_ray.evaluate_config import EvaluateStage, TaskConfig, WritingConfig
 from bitdistill_ray.evaluation.candidate import load_candidate
 from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.evaluation.suite import TEACHER, Suite, as_json, excerpt
 from bitdistill_ray.evaluation.table import print_table
 from bitdistill_ray.hardware import compute_dtype, local_device
 from bitdistill_ray.runs import StageRecord, storage_opener
-from bitdistill_ray.stage_config import EvaluateStage, SourceConfig
+from bitdistill_ray.stage_config import SourceConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
 from bitdistill_ray.stages.corpus import source_of, texts_of
@@ -42,15 +44,18 @@ def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
     dtype, _ = compute_dtype(config.student.dtype, device)
     opener = storage_opener(config.storage)
     teacher = load_candidate(context.teacher_source, dtype=dtype, device=device, storage=opener)
-    task_rows = [(task, read_rows(source_of(context, SourceConfig(path=task.path)))[: task.limit])
-                 for task in options.tasks]  # fmt: skip
+
+    def rows_of(task: TaskConfig | WritingConfig) -> list[dict[str, Any]]:
+        return read_rows(source_of(context, SourceConfig(path=task.path)))[: task.limit]
+
     suite = Suite.of(
         gather_texts(context, options),
-        task_rows,
+        [(task, rows_of(task)) for task in options.tasks],
         teacher.tokenizer,
         context=options.context,
         max_tokens=options.max_tokens,
         harness=options.harness,
+        writing=[(task, rows_of(task)) for task in options.writing],
     )
     reports = [suite.report(TEACHER, teacher, teacher)]
     roles = [role for role in NAMES if role == "packed" or options.baselines]

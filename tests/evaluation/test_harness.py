@@ -13,6 +13,7 @@ import yaml
 
 from bitdistill_ray.core import Format, QuantSpec
 from bitdistill_ray.evaluate import main
+from bitdistill_ray.evaluate_config import TaskConfig
 from bitdistill_ray.evaluation.harness import metrics_of
 from bitdistill_ray.evaluation.tasks import accuracy
 from bitdistill_ray.model.load import load_model
@@ -20,7 +21,6 @@ from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.packed.export import pack_student
 from bitdistill_ray.packed.model import load_packed_model
-from bitdistill_ray.stage_config import TaskConfig
 from tests.tiny_models import SENTENCES, save_tiny, tiny_model, tiny_tokenizer
 
 WORDS = ("the sea", "a bird", "rain", "of the old house")

@@ -1,0 +1,93 @@
+"""What a model writes after a prompt, greedily, beside a reference: ROUGE-1, -2, -L and BLEU.
+
+ROUGE is the mean F1 over rows of the package rouge-score (stems, lower case), BLEU the corpus BLEU of sacrebleu, both
+in percent; intervals are the central 95 % of a bootstrap over rows.  A prompt that does not fit loses the end of its
+longest column, never the words of the template around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from bitdistill_ray.decode.generation import generate
+from bitdistill_ray.decode.loading import stop_ids
+from bitdistill_ray.decode.sampling import Sampling
+from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_ray.errors import DataError
+from bitdistill_ray.evaluate_config import WritingConfig
+from bitdistill_ray.evaluation.metric import RESAMPLES, Metric, bootstrap
+
+ROUGES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}  # our name: rouge-score's
+Row = dict[str, Any]
+
+
+def measure_writing(model: nn.Module, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) -> dict[str, Metric]:
+    """`rouge1:NAME`, `rouge2:NAME`, `rougeL:NAME` and `bleu:NAME`.
+
+    Raises:
+        DataError: no rows, or a column that they do not have.
+    """
+    if not rows:
+        raise DataError(f"writing.{task.name}", "holds no rows", "Check its path")
+    if task.reference_column not in rows[0]:
+        raise DataError(f"writing.{task.name}.reference_column", f"{task.reference_column!r} is no column",
+                        f"Columns: {sorted(rows[0])}")  # fmt: skip
+    written = write(model, tokenizer, rows, task)
+    references = [str(row[task.reference_column]) for row in rows]
+    return {f"{name}:{task.name}": metric for name, metric in scores(written, references).items()}
+
+
+def write(model: Any, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) -> list[str]:
+    """The greedy continuation of every row's prompt."""
+    prompts = [prompt_ids(tokenizer, row, task) for row in rows]
+    longest = max(map(len, prompts)) + task.max_new_tokens
+    decoder = TorchDecoder(model, slots=min(task.batch, len(prompts)), slot_tokens=longest)
+    sampling = Sampling(max_tokens=task.max_new_tokens, temperature=0)
+    texts = generate(decoder, prompts, sampling, stop_ids=stop_ids(model, tokenizer))
+    decoded: list[str] = tokenizer.batch_decode([list(text.ids) for text in texts], skip_special_tokens=True)
+    return [text.strip() for text in decoded]
+
+
+def prompt_ids(tokenizer: Any, row: Row, task: WritingConfig) -> list[int]:
+    """The template filled with the row, at most `max_prompt_tokens` tokens.
+
+    Raises:
+        DataError: the template names a column that is not there, or is too long by itself.
+    """
+    columns, where = {name: str(value) for name, value in row.items()}, f"writing.{task.name}.template"
+    named = [name for name in columns if f"{{{name}" in task.template]
+    longest = max(named, key=lambda name: len(columns[name]), default=None)
+    while True:
+        try:
+            ids: list[int] = tokenizer(task.template.format(**columns), add_special_tokens=False)["input_ids"]
+        except KeyError as missing:
+            raise DataError(where, f"names the column {missing}", f"Columns: {sorted(row)}") from None
+        over = len(ids) - task.max_prompt_tokens
+        if over <= 0:
+            return ids
+        own = tokenizer(columns[longest], add_special_tokens=False)["input_ids"] if longest else []
+        if not own:
+            raise DataError(where, f"{len(ids)} tokens without its longest column", "Raise max_prompt_tokens")
+        columns[str(longest)] = tokenizer.decode(own[: max(0, len(own) - over)])
+
+
+def scores(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
+    """ROUGE and BLEU, in percent, by our names."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    scorer = RougeScorer(sorted(set(ROUGES.values())), use_stemmer=True)
+    found = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
+    protocol = f"{len(written)} rows, greedy; rouge-score, stems, F1"
+    metrics = {name: bootstrap(np.array([100 * f[theirs].fmeasure for f in found]), protocol)
+               for name, theirs in ROUGES.items()}  # fmt: skip
+    bleu = BLEU()
+    whole = bleu.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLES)
+    low, high = whole._mean - whole._ci, whole._mean + whole._ci
+    metrics["bleu"] = Metric(float(whole.score), float(low), float(high),
+                             f"{len(written)} rows, greedy; sacrebleu, corpus")  # fmt: skip
+    return metrics

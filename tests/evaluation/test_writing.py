@@ -1,0 +1,86 @@
+"""Texts written beside a reference: prompts that fit, greedy text, scores as their packages give them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bitdistill_ray.errors import DataError
+from bitdistill_ray.evaluate import main
+from bitdistill_ray.evaluate_config import WritingConfig
+from bitdistill_ray.evaluation.writing import measure_writing, prompt_ids, scores, write
+from tests.tiny_models import SENTENCES, save_tiny, tiny_model, tiny_tokenizer
+
+ROWS = [
+    {"article": sentence, "summary": " ".join(sentence.split()[:3]), "id": n} for n, sentence in enumerate(SENTENCES)
+]
+TASK = WritingConfig(name="cnn", path="-", template="{article}\nIn short:", reference_column="summary",
+                     max_prompt_tokens=64, max_new_tokens=9, batch=3)  # fmt: skip
+
+
+def test_the_text_is_what_transformers_writes_greedily() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    wanted = []
+    for row in ROWS:
+        ids = torch.tensor([tokenizer(TASK.template.format(**row), add_special_tokens=False)["input_ids"]])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)
+        wanted.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    assert write(model, tokenizer, ROWS, TASK) == wanted
+    assert len(set(wanted)) > 1
+
+
+@pytest.mark.parametrize("most", [12, 20, 30])
+def test_a_long_prompt_loses_the_end_of_its_longest_column(most: int) -> None:
+    tokenizer = tiny_tokenizer()
+    task = TASK.model_copy(update={"max_prompt_tokens": most, "template": "{id}: {article}\nIn short:"})
+    row = {"article": " ".join(SENTENCES), "id": 3, "summary": "x"}
+    text = tokenizer.decode(prompt_ids(tokenizer, row, task))
+    assert len(prompt_ids(tokenizer, row, task)) <= most
+    assert text.startswith("3:")
+    assert text.endswith("In short:")
+    with pytest.raises(DataError, match=r"tokens without its longest column\. Raise max_prompt_tokens"):
+        prompt_ids(tokenizer, row, task.model_copy(update={"max_prompt_tokens": 2}))
+    with pytest.raises(DataError, match=r"writing\.cnn\.template: names the column 'story'"):
+        prompt_ids(tokenizer, row, task.model_copy(update={"template": "{story}"}))
+
+
+def test_scores_are_percentages_with_intervals_around_them() -> None:
+    references = ["the cats sat on the mat", "it rained for two days in the north", "a bird sang"] * 4
+    same = scores(references, references)
+    assert {name: metric.value for name, metric in same.items()} == pytest.approx(
+        {"rouge1": 100, "rouge2": 100, "rougeL": 100, "bleu": 100})  # fmt: skip
+    found = scores(["the cat sat on a mat", "two days of rain in the north", "birds sang a song"] * 4, references)
+    assert found["rouge1"].value == pytest.approx(
+        100 * (5 / 6 + 2 * 5 / 7 * 5 / 8 / (5 / 7 + 5 / 8) + 6 / 7) / 3, abs=8
+    )
+    assert all(metric.low < metric.value < metric.high or metric.value == 0 for metric in found.values())
+    assert found["rouge2"].value < found["rouge1"].value
+    assert 0 < found["bleu"].value < found["rouge1"].value
+
+
+def test_it_is_measured_by_the_command_beside_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    task = {**TASK.model_dump(), "path": str(tmp_path / "rows.jsonl"), "limit": 2}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    model = str(save_tiny(tmp_path / "model"))
+    arguments = [model, "--teacher", model, "--dtype", "fp32", "--device", "cpu", "--max-tokens", "64",
+                 "--task", str(tmp_path / "task.yaml"), "--json", str(tmp_path / "out.json")]  # fmt: skip
+    assert main(arguments) == 0
+    models = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["models"]
+    names = {"rouge1:cnn", "rouge2:cnn", "rougeL:cnn", "bleu:cnn"}
+    assert all(names < set(found["metrics"]) for found in models)
+    assert models[0]["metrics"]["rouge1:cnn"] == models[1]["metrics"]["rouge1:cnn"]
+    assert models[0]["metrics"]["rouge1:cnn"]["protocol"].startswith("2 rows, greedy")
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**task, "reference_column": "highlights"}), encoding="utf-8")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "writing.cnn.reference_column: 'highlights' is no column. Columns: " in capsys.readouterr().err
+
+
+def test_a_set_without_rows_is_refused() -> None:
+    with pytest.raises(DataError, match=r"writing\.cnn: holds no rows"):
+        measure_writing(tiny_model("llama"), tiny_tokenizer(), [], TASK)
