@@ -24,13 +24,13 @@ class RowConfig(Strict):
     """The row whose finished stages this one takes over."""
     after: str | None = None
     """The row that must be finished before, since this one reads what it made (`model.student={run}/ROW/…`)."""
+    recipe: str | None = None
+    """In place of the table's."""
 
     @property
     def waits_for(self) -> tuple[str, ...]:
         """The rows that come before this one."""
         return tuple(row for row in (self.branch, self.after) if row is not None)
-    recipe: str | None = None
-    """In place of the table's."""
 
 
 def _row(value: object) -> object:

@@ -1,6 +1,6 @@
 """The mean of a student's weights over the last steps of a stage, published in place of the last step's weights.
 
-Averaging takes out what the last steps' noise moved to and fro, as a smaller learning rate would (SWA, arXiv
+Averaging takes out what the noise of the last steps did, as a smaller learning rate would (SWA, arXiv
 1803.05407).  The sums are fp32, on the student's device; they travel in checkpoints, so that a resumed run averages the
 same steps.
 """
