@@ -20,18 +20,18 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.stage_config import StageConfig
 
-DEFAULT = "demo"
+DEFAULT, RECIPES = "demo", "recipes"
 
 
-def shipped() -> tuple[str, ...]:
-    """Names of the recipes inside the package."""
-    folder = resources.files("bitdistill_ray") / "recipes"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
+def shipped(folder: str = RECIPES) -> tuple[str, ...]:
+    """Names of the recipes (or of what else `folder` holds) inside the package."""
+    files = (resources.files("bitdistill_ray") / folder).iterdir()
+    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
 
 
 def load(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
     """Read `recipe`, apply `overrides` in order, check everything."""
-    tree = _read(recipe)
+    tree = read_tree(recipe, folder=RECIPES, noun="recipe")
     for override in overrides:
         _apply(tree, override)
     return check(tree)
@@ -50,24 +50,30 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read(recipe: str) -> dict[str, Any]:
-    if recipe in shipped():
-        text = (resources.files("bitdistill_ray") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    elif recipe.endswith((".yaml", ".yml")):
+def read_tree(name: str, *, folder: str, noun: str) -> dict[str, Any]:
+    """The mapping in a YAML file: one that ships in `folder` of the package, by its name, or one at a path or URL.
+
+    Raises:
+        ConfigError: there is no such `noun`, or it is no mapping.
+    """
+    known = shipped(folder)
+    if name in known:
+        text = (resources.files("bitdistill_ray") / folder / f"{name}.yaml").read_text(encoding="utf-8")
+    elif name.endswith((".yaml", ".yml")):
         from bitdistill_ray.storage import Storage
 
-        folder, _, name = recipe.rpartition("/")
-        text = Storage(folder or ".").read_bytes(name).decode()
+        place, _, file = name.rpartition("/")
+        text = Storage(place or ".").read_bytes(file).decode()
     else:
-        near = difflib.get_close_matches(recipe, shipped(), 1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(shipped())}; or give a .yaml path"
-        raise ConfigError("recipe", f"there is none called {recipe!r}", hint)
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(known)}; or give a .yaml path"
+        raise ConfigError(noun, f"there is none called {name!r}", hint)
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(recipe, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
+        raise ConfigError(name, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
     if not isinstance(tree, dict):
-        raise ConfigError(recipe, "not a mapping of keys to values", "See the shipped recipes for the form")
+        raise ConfigError(name, "not a mapping of keys to values", f"See the shipped {folder} for the form")
     return tree
 
 

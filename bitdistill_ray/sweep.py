@@ -19,6 +19,7 @@ sweep that was cut goes on where it was.
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import subprocess
 import sys
@@ -33,7 +34,9 @@ from bitdistill_ray.errors import BitdistillError, ConfigError
 from bitdistill_ray.report.command import open_run
 from bitdistill_ray.report.comparison import compare, markdown, page
 from bitdistill_ray.report.gather import gather
-from bitdistill_ray.sweep_config import TableConfig, load_table, shipped_tables
+from bitdistill_ray.runs import RunFolder
+from bitdistill_ray.sigterm import Terminated, terminable
+from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
 
 LOOK_EVERY_S, SAY_EVERY_S = 0.5, 30.0
 
@@ -127,14 +130,16 @@ def places(rows: Sequence[Row], gpus: Sequence[str], cores: Sequence[int], at_a_
 def gpus_of(config: Config) -> int:
     """Whole GPUs in which a run's teachers and students find room together."""
     teachers = 0.0 if config.teacher.join else config.teacher.most * config.teacher.gpus
-    return -int(-(teachers + config.student.workers * config.student.gpus) // 1)
+    return math.ceil(round(teachers + config.student.workers * config.student.gpus, 6))
 
 
 def sweep(rows: Sequence[Row], free: list[Place], logs: Path) -> list[Row]:
     """Run all rows, as many at a time as there are places; returns those that came to their end."""
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(rows), list[Running]()
-    finished, lost = list[Row](), set[str]()
+    finished, lost = [row for row in rows if is_finished(row)], set[str]()
+    waiting, running = [row for row in rows if row not in finished], list[Running]()
+    for row in finished:
+        print(f"[{row.name}] finished before: {row.config.run}", flush=True)
     said = time.monotonic()
     try:
         while waiting or running:
@@ -167,13 +172,28 @@ def sweep(rows: Sequence[Row], free: list[Place], logs: Path) -> list[Row]:
     return finished
 
 
+def is_finished(row: Row) -> bool:
+    """Whether every stage of the row has come to its end.
+
+    Raises:
+        ConfigError: one has, but under another configuration.
+    """
+    folder = RunFolder(row.config)
+    return all(folder.finished(name) for name in row.config.stages)
+
+
 def _start(row: Row, place: Place, logs: Path) -> Running:
     log = logs / f"{row.name}.log"
     where = f" on GPU {', '.join(place.gpus)}" if place.gpus else ""
     print(f"[{row.name}] begins{where}, says more in {log}: {row.command}", flush=True)
     with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, "-m", "bitdistill_ray.train", *row.arguments], stdout=file,
-                                   stderr=subprocess.STDOUT, env=env.for_child(place.gpus))  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bitdistill_ray.train", *row.arguments],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env.for_child(place.gpus),
+            start_new_session=True,
+        )  # fmt: skip  (Ctrl-C is ours to pass on)
     env.keep_to(process.pid, place.cores)
     return Running(row, place, process, log, time.monotonic())
 
@@ -201,12 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0, 1 where a row failed, 2 after an error that the user can mend."""
     command = argparse.ArgumentParser(prog="bitdistill sweep", description=__doc__.partition("\n\n")[2],
                                       formatter_class=argparse.RawDescriptionHelpFormatter,
-                                      epilog=f"tables: {', '.join(shipped_tables())}")  # fmt: skip
+                                      epilog=f"tables: {', '.join(recipe.shipped(TABLES))}")  # fmt: skip
     command.add_argument("table", metavar="TABLE")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of every row")
     command.add_argument("--rows", metavar="ROW,…", help="only these, and those that they wait for")
     command.add_argument("--run", metavar="FOLDER", help="in place of the table's")
-    command.add_argument("--at-a-time", type=int, metavar="N", help="rows; on one machine they share its GPUs")
+    command.add_argument("--at-a-time", type=_positive, metavar="N", help="rows; on one machine they share its GPUs")
     command.add_argument("--plan", action="store_true", help="print the rows' commands, and start nothing")
     options = command.parse_intermixed_args(argv)
     try:
@@ -217,13 +237,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(row.command for row in rows))
             return 0
         logs = _logs(table.run)
-        finished = sweep(rows, machine(options.at_a_time, rows), logs)
+        with terminable():
+            finished = sweep(rows, machine(options.at_a_time, rows), logs)
         print(side_by_side(finished, logs / "table.html"))
     except BitdistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"{str(interrupt) or 'interrupted'}; the same command continues the sweep", file=sys.stderr)
+        return 143 if isinstance(interrupt, Terminated) else 130
     print(f"curves: {logs / 'table.html'}")
     return 0 if len(finished) == len(rows) else 1
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}: at least one row")
+    return number
 
 
 def _logs(run: str) -> Path:

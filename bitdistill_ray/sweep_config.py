@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Annotated
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
+from bitdistill_ray import recipe
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.section import Strict
-from bitdistill_ray.storage import Storage
 
+TABLES = "tables"  # folder of the package
 Overrides = tuple[str, ...]
 
 
@@ -57,31 +56,15 @@ class TableConfig(Strict):
     )
 
 
-def shipped_tables() -> tuple[str, ...]:
-    """Names of the tables inside the package."""
-    folder = resources.files("bitdistill_ray") / "tables"
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
-
-
-def load_table(table: str) -> TableConfig:
+def load_table(name: str) -> TableConfig:
     """Read a shipped table, or one at a path.
 
     Raises:
         ConfigError: there is none, or it is no table.
     """
-    if table in shipped_tables():
-        text = (resources.files("bitdistill_ray") / "tables" / f"{table}.yaml").read_text(encoding="utf-8")
-    elif table.endswith((".yaml", ".yml")):
-        folder, _, name = table.rpartition("/")
-        text = Storage(folder or ".").read_bytes(name).decode()
-    else:
-        raise ConfigError("table", f"there is none called {table!r}",
-                          f"Shipped: {', '.join(shipped_tables())}; or give a .yaml path")  # fmt: skip
     try:
-        return TableConfig.model_validate(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise ConfigError(table, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
+        return TableConfig.model_validate(recipe.read_tree(name, folder=TABLES, noun="table"))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or table
+        where = ".".join(map(str, first["loc"])) or name
         raise ConfigError(where, f"{first['input']!r}: {first['msg']}", "See `bitdistill sweep --help`") from None

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import pytest
 from bitdistill_ray import recipe, sweep
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.stage_config import DistillStage
-from bitdistill_ray.sweep_config import TableConfig, load_table, shipped_tables
+from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
 from tests.road import tiny_overrides
 from tests.tiny_models import save_tiny
 
@@ -63,7 +68,7 @@ def test_rows_that_branch_in_a_circle_are_refused() -> None:
         sweep.rows_of(table)
 
 
-@pytest.mark.parametrize("name", shipped_tables())
+@pytest.mark.parametrize("name", recipe.shipped(TABLES))
 def test_every_shipped_table_is_made_of_runs_that_can_be_planned(name: str) -> None:
     rows = sweep.rows_of(load_table(name), ["data=/corpus"])
     assert len({row.config.run for row in rows}) == len(rows)
@@ -125,7 +130,41 @@ def test_a_sweep_makes_its_table_and_goes_on_where_it_was(tmp_path: Path, capsys
     assert f"[clip] taken over from {tmp_path}/table/clipped" in log
     assert "<table" in (tmp_path / "table/logs/table.html").read_text(encoding="utf-8")
     assert sweep.main(arguments[1:]) == 0
-    assert "[distill] finished before" in (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8")
+    again = capsys.readouterr().out
+    assert f"[kl] finished before: {tmp_path}/table/kl" in again
+    assert [line for line in again.splitlines() if line.startswith("| ")] == table
+    assert (tmp_path / "table/logs/kl.log").read_text(encoding="utf-8") == log
+    assert sweep.main([*arguments[1:], "seed=5"]) == 2
+    assert "error: seed: was changed since stage" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_sweep_that_is_told_to_stop_ends_its_rows(tmp_path: Path, number: int, status: int) -> None:
+    settings = "\n".join(f"  - {s}" for s in tiny_overrides(tmp_path) if not s.startswith("run="))
+    table = f"recipe: demo\nrun: {tmp_path}/table\nset:\n{settings}\nrows: {{only: []}}\n"
+    (tmp_path / "table.yaml").write_text(table, encoding="utf-8")
+    command = [sys.executable, "-m", "bitdistill_ray.sweep", str(tmp_path / "table.yaml")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while not process.stdout.readline().startswith("[only] begins"):
+            assert process.poll() is None
+        assert wait_for(lambda: "[write] begins" in (tmp_path / "table/logs/only.log").read_text(encoding="utf-8"))
+        process.send_signal(number)
+        said = process.stderr.read()
+    assert process.returncode == status
+    assert "the same command continues the sweep" in said
+    assert "Traceback" not in said
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [line for line in commands if str(tmp_path).encode() in line]
+
+
+def wait_for(found: Callable[[], bool], seconds: float = 90) -> bool:
+    end = time.monotonic() + seconds
+    while not found() and time.monotonic() < end:
+        time.sleep(0.2)
+    return found()
 
 
 def test_a_sweep_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

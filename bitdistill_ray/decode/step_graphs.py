@@ -1,9 +1,9 @@
 """A decoder's step in a few shapes, each recorded once as a CUDA graph and replayed ever after.
 
-A step of a small model is a thousand short kernels, which Python hands to a GPU ten times more slowly than they run.
-So a step covers the rows from the first to a power of two of them, in which rows that do not step are padding, and
-attention reads whole leaps of `LEAP` tokens: a few shapes, and nothing else changes from step to step but the numbers
-in one tensor of tokens, positions and counts.
+A step of a small model is hundreds of short kernels, which Python hands to a GPU more slowly than they run.  So a step
+covers the rows from the first to a power of two of them, in which rows that do not step are padding, and attention
+reads whole leaps of `LEAP` tokens: a few shapes, and nothing else changes from step to step but the numbers in one
+tensor of tokens, positions and counts.
 
 On a CPU, which records nothing, it is the same step run each time.
 

@@ -45,7 +45,7 @@ def measure_harness(model: nn.Module, tokenizer: Any, options: HarnessConfig) ->
             log_samples=False,
             bootstrap_iters=1000,
         )
-    except (OSError, ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"harness.tasks: {', '.join(options.tasks)}", " ".join(str(error).split())[:300],
                         "Where the hub is out of reach, give definitions that read local files as "
                         "harness.include") from error  # fmt: skip

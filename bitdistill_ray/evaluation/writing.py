@@ -1,4 +1,4 @@
-"""What a model writes after a prompt, greedily, beside a reference: ROUGE-1, -2, -L and BLEU.
+"""What a model writes after a prompt, greedily, beside a reference: ROUGE-1, -2, -L, -Lsum and BLEU.
 
 ROUGE is the mean F1 over rows of the package rouge-score (stems, lower case), BLEU the corpus BLEU of sacrebleu, both
 in percent; intervals are the central 95 % of a bootstrap over rows.  A prompt that does not fit loses the end of its
@@ -8,6 +8,7 @@ longest column, never the words of the template around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,13 @@ from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluate_config import WritingConfig
 from bitdistill_ray.evaluation.metric import RESAMPLES, Metric, bootstrap
 
-ROUGES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}  # our name: rouge-score's
+ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # the last takes each line for a sentence
+HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of which a cut between tokens left some bytes
 Row = dict[str, Any]
 
 
 def measure_writing(model: nn.Module, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) -> dict[str, Metric]:
-    """`rouge1:NAME`, `rouge2:NAME`, `rougeL:NAME` and `bleu:NAME`.
+    """`rouge1:NAME`, `rouge2:NAME`, `rougeL:NAME`, `rougeLsum:NAME` and `bleu:NAME`.
 
     Raises:
         DataError: no rows, or a column that they do not have.
@@ -59,8 +61,8 @@ def prompt_ids(tokenizer: Any, row: Row, task: WritingConfig) -> list[int]:
         DataError: the template names a column that is not there, or is too long by itself.
     """
     columns, where = {name: str(value) for name, value in row.items()}, f"writing.{task.name}.template"
-    named = [name for name in columns if f"{{{name}" in task.template]
-    longest = max(named, key=lambda name: len(columns[name]), default=None)
+    named = [name for _, name, _, _ in Formatter().parse(task.template) if name in columns]
+    longest = max(named, key=lambda name: len(columns[name]), default="")
     while True:
         try:
             ids: list[int] = tokenizer(task.template.format(**columns), add_special_tokens=False)["input_ids"]
@@ -69,10 +71,12 @@ def prompt_ids(tokenizer: Any, row: Row, task: WritingConfig) -> list[int]:
         over = len(ids) - task.max_prompt_tokens
         if over <= 0:
             return ids
-        own = tokenizer(columns[longest], add_special_tokens=False)["input_ids"] if longest else []
-        if not own:
+        text = columns.get(longest, "")
+        if not text:
             raise DataError(where, f"{len(ids)} tokens without its longest column", "Raise max_prompt_tokens")
-        columns[str(longest)] = tokenizer.decode(own[: max(0, len(own) - over)])
+        own = tokenizer(text, add_special_tokens=False)["input_ids"]
+        kept = tokenizer.decode(own[: max(0, len(own) - over)]).rstrip(HALF_A_CHARACTER)
+        columns[longest] = kept if len(kept) < len(text) else text[:-1]
 
 
 def scores(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
@@ -80,11 +84,10 @@ def scores(written: Sequence[str], references: Sequence[str]) -> dict[str, Metri
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    scorer = RougeScorer(sorted(set(ROUGES.values())), use_stemmer=True)
+    scorer = RougeScorer(ROUGES, use_stemmer=True)
     found = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
     protocol = f"{len(written)} rows, greedy; rouge-score, stems, F1"
-    metrics = {name: bootstrap(np.array([100 * f[theirs].fmeasure for f in found]), protocol)
-               for name, theirs in ROUGES.items()}  # fmt: skip
+    metrics = {name: bootstrap(np.array([100 * f[name].fmeasure for f in found]), protocol) for name in ROUGES}
     bleu = BLEU()
     whole = bleu.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLES)
     low, high = whole._mean - whole._ci, whole._mean + whole._ci

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import Format, QuantSpec, Rounding, ScaleDtype
+from bitdistill_ray.core import Format, Rounding, ScaleDtype
 from bitdistill_ray.quant.affine import Affine
 from bitdistill_ray.quant.quantizer import Quantizer, register
 from bitdistill_ray.quant.rounding import MIN_SCALE, round_, round_scale
@@ -92,11 +92,8 @@ class LearnedAffine(Affine):
         slope_RG1 = level_RGS.sub_(x_RGS.mul_(inside_RGS)).mul_(grad_RGS).sum(dim=-1, keepdim=True)
         return grad_RGS * inside_RGS, torch.where(low_RG1 <= -self.middle, -slope_RG1, slope_RG1)
 
-    def hold(self, w_RGS: Tensor, like_RGS: Tensor, spec: QuantSpec) -> Tensor:
-        return w_RGS
-
-    def alpha_gradient_scale(self, weights: int) -> float:
-        return 1.0 / math.sqrt(weights * self.qp)
+    hold = Quantizer.hold
+    alpha_gradient_scale = Learnable.alpha_gradient_scale
 
 
 register(Format.SEQ2, Learnable(low=-0.99, high=0.99, steps=2.0, shift=0.5, first_code=-2, qp=1, peak=1))

@@ -263,7 +263,7 @@ class Worker:
             ray.get(self.job.monitor.flush.remote())  # before the checkpoint counts, so that a resume finds every row
             rows = ray.get(self.job.monitor.own_rows.remote(since=step - self.job.stage.checkpoint_every))
             loss = sum(row["loss"] for row in rows) / max(1, len(rows))
-        average = self.average.state() if self.average else None
+        average = self.average.state() if self.average and self.rank == 0 else None  # as its weights do
         self.checkpoints.save(self.engine, Position(step, ledger, average), loss=loss)
 
     def _checkpoints(self) -> Checkpoints:

@@ -51,14 +51,13 @@ def small(name: str, root: Path) -> Config:
         f"data={root}/corpus.jsonl",
         f"data.task={{path: {root}/task.jsonl, prompt_column: p, response_column: r}}",
     ]
-    stages = recipe.load(name, texts).stages
+    written = recipe.load(name, texts)
     trains = {
         f"stages.{stage}.{key}": value
-        for stage, section in stages.items()
+        for stage, section in written.stages.items()
         if isinstance(section, TrainStage)
         for key, value in {"tokens": 768, "batch_sequences": 4, "checkpoint_every": 3}.items()
     }
-    written = recipe.load(name, texts)
     tree = json.loads(written.model_dump_json())
 
     def known(path: str) -> bool:
