@@ -45,7 +45,7 @@ def test_a_pool_that_is_gone_is_given_up_with_its_reason(tmp_path: Path) -> None
     pool.shutdown()
     with pytest.raises(TeacherError, match=r"^teacher: teacher 0 was lost \(\w+\); no other was there in 3 s"):
         client.answer(ticket, wire.encode_batch(batch))
-    assert client.outstanding[0] == 0
+    assert not any(client.outstanding.values())  # a reply of the registry may have taken the lost one off it
 
 
 def test_a_run_that_joins_a_pool_that_is_not_there(tmp_path: Path, overrides: tuple[str, ...]) -> None:
