@@ -32,11 +32,13 @@ class Format(StrEnum):
     LSQ3 = "lsq3"  # {-4 .. 3}, learnable scale (LSQ)
     INT2_LSQ = "int2-lsq"  # int2 whose scale is learned (LSQ) and whose zero point, 1 or 2, stays; packed as int2
     INT3_LSQ = "int3-lsq"  # the same of int3, zero point 3 or 4
+    INT4 = "int4"  # q - z, q in 0..15: a step on the way to fewer bits, and for heads and embeddings
+    INT8 = "int8"  # q - 128, q in 1..255, for heads and embeddings
 
     @property
     def code_bits(self) -> int:
-        """Bits of one stored code: 2 (ternary too) or 3."""
-        return 3 if self.stored in (Format.INT3, Format.NF3, Format.LSQ3) else 2
+        """Bits of one stored code: 2 (ternary too), 3, 4 or 8."""
+        return {Format.INT3: 3, Format.NF3: 3, Format.LSQ3: 3, Format.INT4: 4, Format.INT8: 8}.get(self.stored, 2)
 
     @property
     def code_count(self) -> int:
@@ -46,7 +48,7 @@ class Format(StrEnum):
     @property
     def has_zero_point(self) -> bool:
         """True where each group stores an integer zero point."""
-        return self.stored in (Format.INT2, Format.INT3)
+        return self.stored in (Format.INT2, Format.INT3, Format.INT4)
 
     @property
     def scales_per_group(self) -> int:

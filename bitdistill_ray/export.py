@@ -1,8 +1,9 @@
-"""python -m bitdistill_ray.export STUDENT OUT [--format FORMAT]    pack a student folder (of a training stage).
+"""python -m bitdistill_ray.export STUDENT OUT [--head-bits 8]    pack a student folder (of a training stage).
 
 STUDENT is `RUN/stages/NAME/student`, local or at a URL.  `packed` (docs/FORMAT.md) is what the `export` stage makes
-inside a run; `hf-bitnet` is a checkpoint of a ternary student with 8-bit activations that stock transformers loads:
-`--mode online` with latent weights, which go on training, `--mode packed` with four codes a byte.
+inside a run; with `--head-bits` 8 or 4 the embedding and the head are packed too, and what that costs is measured and
+printed.  `--format hf-bitnet` writes a checkpoint of a ternary student with 8-bit activations that stock transformers
+loads: `--mode online` with latent weights, which go on training, `--mode packed` with four codes a byte.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("out", metavar="OUT")
     command.add_argument("--format", choices=(PACKED, HF_BITNET), default=PACKED, help=f"default {PACKED}")
     command.add_argument("--mode", choices=("online", "packed"), help=f"of {HF_BITNET} (default online)")
+    command.add_argument("--head-bits", type=int, choices=(16, 8, 4), help="of embedding and head (default 16)")
     options = command.parse_args(argv)
     if options.mode and options.format != HF_BITNET:
         command.error(f"--mode belongs to --format {HF_BITNET}")
+    if options.head_bits and options.format != PACKED:
+        command.error(f"--head-bits belongs to --format {PACKED}")
+    from bitdistill_ray.evaluation.head_cost import head_cost
     from bitdistill_ray.inspect import render
     from bitdistill_ray.model.hf_bitnet import Mode, save_hf_bitnet
     from bitdistill_ray.model.sources import resolve
     from bitdistill_ray.model.student import load_student, read_about, saved_dtype
     from bitdistill_ray.packed.export import pack_student
     from bitdistill_ray.packed.folder import PackedFolder
+    from bitdistill_ray.packed.tables import HeadBits
 
     try:
         source = Path(resolve(options.student))
@@ -41,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_hf_bitnet(Path(options.out), model, tokenizer, Mode(options.mode or Mode.ONLINE))
             print(f"wrote {options.out}: AutoModelForCausalLM.from_pretrained({options.out!r})")
             return 0
-        pack_student(source, Path(options.out), dict(read_about(source)["provenance"]))
+        bits, about = HeadBits(options.head_bits or HeadBits.SIXTEEN), dict(read_about(source)["provenance"])
+        pack_student(source, Path(options.out), about, head_bits=bits)
+        if cost := head_cost(source, Path(options.out)):
+            print(f"head_bits {bits}: {cost}")
         print(render(PackedFolder.open(options.out), tensors=False))
     except BitdistillError as error:
         print(error, file=sys.stderr)

@@ -1,7 +1,7 @@
 """python -m bitdistill_ray.inspect PATH [--json] [--tensors]    what a packed student holds, after checking every byte.
 
 PATH is a packed folder, local or at a URL.  Bytes are those of the stored tensors; a tied embedding is counted once.
-Bits per weight are over the packed matrices: codes, scales and zero points, no padding.
+Bits per weight are over the packed linears: codes, scales and zero points, no padding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def render(folder: PackedFolder, *, tensors: bool) -> str:
     lines = [
         f"{summary.path}: packed {summary.model_type}, format version {summary.format_version}, every checksum right",
         *(f"  {count:5} x {spec}" for spec, count in summary.specs.items()),
-        f"  bits per weight           {summary.bits_per_weight:.3f} over {summary.packed_weights:,} packed weights",
+        f"  bits per weight           {summary.bits_per_weight:.3f} over the packed linears",
+        f"  packed weights            {summary.packed_weights:,}",
         f"  parameters                {summary.parameters:,}",
         f"  bytes                     {summary.bytes:,}",
         f"  bytes without embeddings  {summary.bytes_without_embeddings:,}",

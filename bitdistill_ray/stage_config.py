@@ -273,6 +273,8 @@ class ExportStage(Strict):
     kind: Literal["export"] = "export"
     baselines: bool = False
     """Also pack the student as it was before training (rounded to nearest, clipped, GPTQ's), for comparison."""
+    head_bits: Literal[16, 8, 4] = 16
+    """Bits of the embedding and the head; below 16 what it costs is measured and printed."""
 
 
 StageConfig = Annotated[

@@ -67,6 +67,11 @@ def measure(
     return metrics
 
 
+def hidden(model: nn.Module, ids_WT: Tensor) -> Tensor:
+    """What the head of `model` reads, [W, T, D], on its device and in its dtype."""
+    return torch.cat([_hidden(model, batch) for batch in _batches(ids_WT)])
+
+
 def _batches(ids_WT: Tensor) -> Iterator[TokenBatch]:
     for first in range(0, len(ids_WT), WINDOWS_AT_A_TIME):
         ids_BT = ids_WT[first : first + WINDOWS_AT_A_TIME]

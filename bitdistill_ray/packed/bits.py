@@ -1,9 +1,11 @@
-"""Canonical bit packing: 2- and 3-bit codes as bytes, the same on every machine and for every kernel.
+"""Canonical bit packing: codes of 2, 3, 4 or 8 bits as bytes, the same on every machine and for every kernel.
 
 A row of n codes becomes one bit plane after the other, each padded with zero bits to a whole byte:
 
     plane 0, the low two bits:   code k in bits 2*(k % 4) and 2*(k % 4) + 1 of byte k // 4
     plane 1, the third bit:      code k in bit k % 8 of byte k // 8            (3-bit codes only)
+
+A 4-bit code is a nibble (code k in bits 4*(k % 2) to 4*(k % 2) + 3 of byte k // 2), an 8-bit code a byte.
 
 Planes, instead of a stream of 3-bit fields, keep every code inside one byte: unpacking is a shift and a mask in any
 vector width, and the 2-bit plane of a 3-bit weight is read by the same code as a 2-bit weight.  Kernels repack these
@@ -19,12 +21,12 @@ from torch import Tensor
 
 from bitdistill_ray.errors import PackedError
 
-_PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1)}
+_PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits of a code -> bits of its planes, low bits first."""
 
 
 def packed_row_bytes(n: int, bits: int) -> int:
-    """Bytes of one packed row of `n` codes of `bits` (2 or 3) bits."""
+    """Bytes of one packed row of `n` codes of `bits` (2, 3, 4 or 8) bits."""
     return sum(_plane_bytes(n, plane_bits) for plane_bits in _planes(bits))
 
 
@@ -63,7 +65,7 @@ def unpack_codes(packed: Tensor, n: int, bits: int) -> Tensor:
 
 def _planes(bits: int) -> tuple[int, ...]:
     if bits not in _PLANES:
-        raise PackedError("packed codes", f"{bits} bits", "Use 2 or 3")
+        raise PackedError("packed codes", f"{bits} bits", "Use 2, 3, 4 or 8")
     return _PLANES[bits]
 
 

@@ -5,26 +5,22 @@ where a gradient is to flow to the input (kernels have none), it dequantises the
 the reference that the kernels are tested against.  With `kernels=False` it dequantises once and keeps the matrix.
 
     y = Q(W) A(N(x)) + b        N SubLN, A int8 activations where the spec says so, Q(W) the packed weight
-
-The packed bytes are deliberately no buffers: `model.to(torch.bfloat16)` must not round scales that the codes were made
-with.  They follow the module from device to device all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitdistill_kernels import Weight
 from bitdistill_ray.core import Granularity, PackedWeight
-from bitdistill_ray.packed.weight import check_packed, to_device, unpack
-from bitdistill_ray.quant import dequantize, fake_quantize_activation
+from bitdistill_ray.packed.module import PackedModule
+from bitdistill_ray.quant import fake_quantize_activation
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedModule):
     """[..., K] to [..., N] in the dtype of the input."""
 
     bias: nn.Parameter | None
@@ -42,9 +38,7 @@ class PackedLinear(nn.Module):
 
         Raises PackedError where the packed tensors do not have the sizes of their spec.
         """
-        super().__init__()
-        check_packed(packed, "packed linear")
-        self.packed = packed
+        super().__init__(packed, "packed linear")
         self.out_features, self.in_features = packed.shape
         self.norm = norm
         self.kernels = kernels
@@ -72,16 +66,10 @@ class PackedLinear(nn.Module):
             self._dense_NK = self.dequantized(dtype)
         return self._dense_NK
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The [N, K] matrix that the packed bytes stand for."""
-        return dequantize(unpack(self.packed)).to(dtype)
-
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        spec = self.packed.spec
-        kind = f"{spec.format}, {spec.granularity} {spec.group_size or ''}".rstrip()
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, {kind}, activation_bits={spec.activation_bits}"
+        return f"{shape}, {self.kind()}, activation_bits={self.packed.spec.activation_bits}"
 
     def _multiply(self, input: Tensor) -> Tensor:
         if self._kernel_weight is None:
@@ -91,13 +79,9 @@ class PackedLinear(nn.Module):
         output: Tensor = self._kernel_weight.matmul(input.detach().float(), bias=bias, activation_bits=bits)
         return output.to(input.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, device=self.packed.codes.device)).device
-        if device != self.packed.codes.device:
-            self.packed = to_device(self.packed, device)
-            self._kernel_weight = self._dense_NK = None
-        return self
+    def moved(self) -> None:
+        """The kernels' copy and the dense one are made again."""
+        self._kernel_weight = self._dense_NK = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry the canonical bytes and repack them when they are first used."""

@@ -1,8 +1,10 @@
 """Between a live student and its packed folder: `export_packed` and `load_packed_model`.
 
 Export quantises each QuantLinear's weight in the dtype in which the model computes, through the quantiser that its
-forward pass calls, so the codes on disk are those of training and evaluation bit for bit.  Loading builds the Hugging
-Face model without memory for its weights, puts a PackedLinear in the place of each packed linear, and reads the rest.
+forward pass calls, so the codes on disk are those of training and evaluation bit for bit.  With `head_bits` the
+embedding and the head are packed too (`packed.tables`).  Loading builds the Hugging
+Face model without memory for its weights, puts a PackedLinear in the place of each packed linear and a
+PackedEmbedding in that of a packed embedding, and reads the rest.
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from bitdistill_ray.model.families import family_of
 from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.model.student import StudentSurgery
 from bitdistill_ray.model.taps import SDPA
+from bitdistill_ray.packed.embedding import PackedEmbedding
 from bitdistill_ray.packed.folder import CONFIG, TENSORS, PackedFolder
 from bitdistill_ray.packed.linear import PackedLinear
 from bitdistill_ray.packed.manifest import COPY_AGAIN
+from bitdistill_ray.packed.tables import HeadBits, packed_tables
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import QuantizedTensor, block_as_group, quantize
 from bitdistill_ray.storage import storage_errors
@@ -43,10 +47,12 @@ def export_packed(
     *,
     provenance: Mapping[str, Any],
     store_dtype: torch.dtype | None = None,
+    head_bits: HeadBits = HeadBits.SIXTEEN,
 ) -> PackedFolder:
     """Write a model with QuantLinears, in the dtype in which it computes, as a packed student.
 
-    What is not packed is stored in `store_dtype`; by default the model's own 16 bits, or fp16 for an fp32 model.
+    `head_bits`: of the embedding and the head.  What is not packed is stored in `store_dtype`; by default the model's
+    own 16 bits, or fp16 for an fp32 model.
     Raises PackedError: nothing is quantised, or a value does not fit in `store_dtype`; ModelError: weights that are not
     finite; StorageError: a disk that refuses.
     """
@@ -56,11 +62,12 @@ def export_packed(
     linears = {name: model.get_submodule(name) for name in surgery.specs}
     own_dtype = model.get_input_embeddings().weight.dtype
     store_dtype = store_dtype or (own_dtype if own_dtype in SIXTEEN_BITS else torch.float16)
-    replaced = {f"{name}.{part}" for name in linears for part in ("weight", "alpha")}
+    tables = packed_tables(model, head_bits)
+    replaced = {f"{name}.{part}" for name in (*linears, *tables) for part in ("weight", "alpha")}
     return PackedFolder.write(
         folder,
         config={**json.loads(model.config.to_json_string()), "dtype": str(store_dtype).removeprefix("torch.")},
-        packed={name: pack(block_as_group(_quantized(name, linear))) for name, linear in linears.items()},
+        packed={**{name: pack(block_as_group(_quantized(name, linear))) for name, linear in linears.items()}, **tables},
         tensors={
             name: _narrow(name, parameter, store_dtype)
             for name, parameter in model.named_parameters()  # names a tied tensor once
@@ -89,8 +96,9 @@ def load_packed_model(
     model = _empty_model(folder, dtype)
     StudentSurgery(subln_eps=folder.manifest.subln).perform(model)
     _load_plain(model, folder, dtype)
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for name in folder.manifest.packed:
-        _place_packed(model, name, folder, kernels=kernels)
+        _place_packed(model, name, folder, tied, kernels=kernels)
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     if vocabulary_hash(tokenizer) != folder.manifest.vocabulary:
         raise PackedError(str(folder.path), "its tokenizer does not have the vocabulary the student was trained with",
@@ -163,12 +171,25 @@ def _load_plain(model: Any, folder: PackedFolder, dtype: torch.dtype) -> None:
             raise PackedError(f"{folder.path / TENSORS}:{name}", "is missing", COPY_AGAIN)
 
 
-def _place_packed(model: Any, name: str, folder: PackedFolder, *, kernels: bool) -> None:
-    """Put a PackedLinear, with its SubLN, in the place of the empty linear `name`."""
-    weight, empty = folder.weight(name), dict(model.named_modules()).get(name)
-    if not isinstance(empty, nn.Linear) or (empty.out_features, empty.in_features) != weight.shape:
-        what = f"a packed {list(weight.shape)} linear, but the model has {empty}"
+def _place_packed(model: Any, name: str, folder: PackedFolder, tied: nn.Module | None, *, kernels: bool) -> None:
+    """Put a PackedLinear, with its SubLN, or a PackedEmbedding in the place of the empty module `name`.
+
+    `tied`: the head that shares the embedding's table.
+    """
+    weight, modules = folder.weight(name), dict(model.named_modules())
+    empty = modules.get(name)
+    if getattr(getattr(empty, "weight", None), "shape", None) != weight.shape:
+        what = f"a packed {list(weight.shape)} matrix, but the model has {empty}"
         raise PackedError(f"{folder.path / TENSORS}:{name}", what, COPY_AGAIN)
-    packed = PackedLinear(weight, empty.bias, norm=getattr(empty, "norm", None), kernels=kernels)
+    if isinstance(empty, nn.Embedding):
+        _replace(model, name, PackedEmbedding(weight, empty))
+        if tied is not None:
+            head = next(name for name, module in modules.items() if module is tied)
+            _replace(model, head, PackedLinear(weight, kernels=kernels))
+    elif isinstance(empty, nn.Linear):
+        _replace(model, name, PackedLinear(weight, empty.bias, norm=getattr(empty, "norm", None), kernels=kernels))
+
+
+def _replace(model: Any, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, packed)
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,7 +1,7 @@
 """The figures of a packed student, read off its manifest: what `bitdistill inspect` prints and evaluation tabulates.
 
-Bytes are those of the stored tensors; a tied embedding is counted once.  Bits per weight are over the packed matrices:
-codes, scales and zero points, no padding.
+Bytes are those of the stored tensors; a tied embedding is counted once.  Bits per weight are over the packed linears,
+without embedding and head where other matrices are packed: codes, scales and zero points, no padding.
 """
 
 from __future__ import annotations
@@ -38,24 +38,30 @@ class PackedSummary:
 def summarise(folder: PackedFolder) -> PackedSummary:
     """The figures of an opened folder; reads no tensor."""
     entries = folder.manifest.packed
+    linears = {n: e for n, e in entries.items() if not is_table(n)} or entries
     weights = {name: prod(entry.shape) for name, entry in entries.items()}
-    bits = sum(entry.spec.bits_per_weight(*entry.shape) * weights[name] for name, entry in entries.items())
+    bits = sum(entry.spec.bits_per_weight(*entry.shape) * weights[name] for name, entry in linears.items())
     plain = {name: prod(folder.manifest.tensors[name].shape) for name in folder.plain_names}
     sizes = {name: tensor_bytes(folder, name) for name in folder.manifest.tensors}
-    embeddings = sum(size for name, size in sizes.items() if not set(EMBEDDINGS).isdisjoint(name.split(".")))
+    embeddings = sum(size for name, size in sizes.items() if is_table(name))
     return PackedSummary(
         path=str(folder.path),
         model_type=str(folder.config.get("model_type")),
         format_version=FORMAT_VERSION,
         specs=dict(Counter(describe(entry.spec) for entry in entries.values())),
         packed_weights=sum(weights.values()),
-        bits_per_weight=bits / max(1, sum(weights.values())),
+        bits_per_weight=bits / max(1, sum(weights[name] for name in linears)),
         parameters=sum(weights.values()) + sum(plain.values()),
         bytes=sum(sizes.values()),
         bytes_without_embeddings=sum(sizes.values()) - embeddings,
         subln=len(folder.manifest.subln),
         provenance=folder.provenance,
     )
+
+
+def is_table(name: str) -> bool:
+    """Whether a module or tensor of this name is, or is part of, the embedding or the head."""
+    return not set(EMBEDDINGS).isdisjoint(name.split("."))
 
 
 def tensor_bytes(folder: PackedFolder, name: str) -> int:

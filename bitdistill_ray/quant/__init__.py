@@ -3,7 +3,7 @@
 `base` has the four functions that everyone calls; each format registers itself from its own module, imported here.
 """
 
-from bitdistill_ray.quant import affine, learnable, nf3, ternary  # noqa: F401  (they register their formats)
+from bitdistill_ray.quant import affine, learnable, nf3, symmetric, ternary  # noqa: F401  (they register their formats)
 from bitdistill_ray.quant.activation import fake_quantize_activation, quantize_activation
 from bitdistill_ray.quant.awq import search_scales
 from bitdistill_ray.quant.base import QuantizedTensor, dequantize, fake_quantize, initial_alpha, quantize

@@ -1,4 +1,4 @@
-"""int2 and int3: asymmetric integers with an integer zero point (BitDistiller; Q = 2^bits - 1).
+"""int2, int3 and int4: asymmetric integers with an integer zero point (BitDistiller; Q = 2^bits - 1).
 
     scale = max(M - m, 1e-5) / Q        zero = clip(-round_half_even(m / scale), 0, Q)
     index = clip(round(w / scale) + zero, 0, Q) - zero        w^ = index * scale
@@ -78,3 +78,4 @@ class Affine(Quantizer):
 
 register(Format.INT2, Affine(bits=2))
 register(Format.INT3, Affine(bits=3))
+register(Format.INT4, Affine(bits=4))

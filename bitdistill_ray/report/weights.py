@@ -34,8 +34,12 @@ GRIDS: dict[Format, tuple[float, ...]] = {
     Format.LSQ3: tuple(map(float, range(-4, 4))),
     Format.INT2_LSQ: tuple(map(float, range(-2, 3))),
     Format.INT3_LSQ: tuple(map(float, range(-4, 5))),
+    Format.INT4: tuple(map(float, range(-15, 16))),
+    Format.INT8: tuple(map(float, range(-127, 128))),
 }
-"""The values that codes stand for, in units of the scale (for int2 and int3 under every zero point)."""
+"""The values that codes stand for, in units of the scale (for int2, int3 and int4 under every zero point)."""
+RANGED = frozenset({Format.INT2, Format.INT3, Format.NF3, Format.INT4, Format.INT8})
+"""Formats whose grid spans the range of its group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +109,7 @@ def relative_weights(w_NK: Tensor, spec: QuantSpec, alpha: Tensor | None) -> Ten
 def _reach(format: Format, levels: tuple[float, ...]) -> float:
     """As far as weights go: grids that span their group's range end just there, the others clip long tails."""
     largest = max(map(abs, levels))
-    return largest * 1.1 if format in (Format.INT2, Format.INT3, Format.NF3) else largest * 3.0
+    return largest * 1.1 if format in RANGED else largest * 3.0
 
 
 def _counts(folder: Path, names: list[str], spec: QuantSpec, reach: float) -> Tensor:

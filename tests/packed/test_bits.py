@@ -10,7 +10,11 @@ from bitdistill_ray.packed.bits import pack_codes, packed_row_bytes, unpack_code
 
 
 def packed_by_the_letter(codes: list[int], bits: int) -> list[int]:
-    """One row, bit by bit: a 2-bit plane, then for 3 bits a 1-bit plane, each padded to whole bytes."""
+    """One row, bit by bit: a 2-bit plane, then for 3 bits a 1-bit plane, each padded to whole bytes; nibbles; bytes."""
+    if bits == 8:
+        return codes
+    if bits == 4:
+        return [low | high << 4 for low, high in zip(codes[::2], [*codes[1::2], 0], strict=False)]
     low = [0] * -(-len(codes) // 4)
     for k, code in enumerate(codes):
         low[k // 4] |= (code & 3) << 2 * (k % 4)
@@ -23,7 +27,7 @@ def packed_by_the_letter(codes: list[int], bits: int) -> list[int]:
 
 @st.composite
 def code_matrices(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
-    bits = draw(st.sampled_from([2, 3]))
+    bits = draw(st.sampled_from([2, 3, 4, 8]))
     rows, n = draw(st.integers(0, 4)), draw(st.integers(0, 40))
     codes = draw(st.lists(st.integers(0, 2**bits - 1), min_size=rows * n, max_size=rows * n))
     return torch.tensor(codes, dtype=torch.uint8).reshape(rows, n), bits
@@ -41,6 +45,8 @@ def test_packing_follows_the_letter_and_unpacking_undoes_it(matrix: tuple[torch.
 
 def test_worked_examples() -> None:
     assert pack_codes(torch.tensor([[0, 1, 2, 3, 2]], dtype=torch.uint8), 2).tolist() == [[0b11_10_01_00, 0b10]]
+    assert pack_codes(torch.tensor([[1, 15, 9]], dtype=torch.uint8), 4).tolist() == [[0xF1, 0x09]]
+    assert pack_codes(torch.tensor([[1, 255]], dtype=torch.uint8), 8).tolist() == [[1, 255]]
     three = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 7]], dtype=torch.uint8)
     assert pack_codes(three, 3).tolist() == [[0b11_10_01_00, 0b11_10_01_00, 0b11, 0b11110000, 0b1]]
 
@@ -52,7 +58,8 @@ def test_worked_examples() -> None:
         (torch.tensor([[8]], dtype=torch.uint8), 3),
         (torch.tensor([[1]], dtype=torch.int64), 2),
         (torch.tensor([1], dtype=torch.uint8), 2),
-        (torch.tensor([[1]], dtype=torch.uint8), 4),
+        (torch.tensor([[16]], dtype=torch.uint8), 4),
+        (torch.tensor([[1]], dtype=torch.uint8), 5),
     ],
 )
 def test_what_does_not_fit_is_refused(codes: torch.Tensor, bits: int) -> None:

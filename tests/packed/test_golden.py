@@ -1,9 +1,10 @@
-"""Every later reader must read the golden folder, bit for bit."""
+"""Every later reader must read the golden folders, bit for bit."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -12,12 +13,15 @@ from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.manifest import FORMAT_VERSION
 from bitdistill_ray.packed.weight import pack, unpack
 from bitdistill_ray.quant import dequantize
-from tests.packed.golden.make import EXPECTED, FOLDER, plain_tensors, specs
+from tests.packed.golden.make import GOLDEN, expected_of, folder_of, plain_tensors, specs
+
+each = pytest.mark.parametrize("golden", GOLDEN)
 
 
-def test_codes_and_values_are_those_of_the_day_it_was_written() -> None:
-    folder, expected = PackedFolder.open(FOLDER), load_file(EXPECTED)
-    assert set(folder.manifest.packed) == set(specs())
+@each
+def test_codes_and_values_are_those_of_the_day_it_was_written(golden: str) -> None:
+    folder, expected = PackedFolder.open(folder_of(golden)), load_file(expected_of(golden))
+    assert set(folder.manifest.packed) == set(specs(GOLDEN[golden]))
     for name in folder.manifest.packed:
         quantized = unpack(folder.weight(name))
         assert torch.equal(quantized.codes_NK, expected[f"{name}.codes"]), name
@@ -27,26 +31,27 @@ def test_codes_and_values_are_those_of_the_day_it_was_written() -> None:
         assert torch.equal(folder.tensor(name), tensor)
 
 
-def test_it_covers_every_format_and_granularity() -> None:
-    packed = PackedFolder.open(FOLDER).manifest.packed
+def test_they_cover_every_format_and_granularity() -> None:
+    packed = {(g, n): e for g in GOLDEN for n, e in PackedFolder.open(folder_of(g)).manifest.packed.items()}
     assert {entry.spec.format for entry in packed.values()} == {format.stored for format in Format}
     granularities = {entry.spec.granularity for entry in packed.values()}
     assert granularities == set(Granularity) - {Granularity.BLOCK}  # BLOCK is stored as GROUP
     assert any(entry.shape[1] % (entry.spec.group_size or 1) for entry in packed.values())
 
 
-def test_today_s_writer_gives_the_same_bytes(tmp_path: Path) -> None:
-    golden = PackedFolder.open(FOLDER)
+@each
+def test_today_s_writer_gives_the_same_bytes(tmp_path: Path, golden: str) -> None:
+    folder = PackedFolder.open(folder_of(golden))
     again = PackedFolder.write(
         tmp_path / "again",
-        config=golden.config,
-        packed={name: pack(unpack(golden.weight(name))) for name in golden.manifest.packed},
-        tensors={name: golden.tensor(name) for name in golden.plain_names},
-        files={"notes.txt": (FOLDER / "notes.txt").read_bytes()},
-        provenance=golden.provenance,
-        vocabulary=golden.manifest.vocabulary,
-        subln=golden.manifest.subln,
+        config=folder.config,
+        packed={name: pack(unpack(folder.weight(name))) for name in folder.manifest.packed},
+        tensors={name: folder.tensor(name) for name in folder.plain_names},
+        files={"notes.txt": (folder.path / "notes.txt").read_bytes()},
+        provenance=folder.provenance,
+        vocabulary=folder.manifest.vocabulary,
+        subln=folder.manifest.subln,
     )
     assert FORMAT_VERSION == 1  # with a new version, this test goes on to the new golden folder; the others stay
-    for file in sorted(FOLDER.iterdir()):
+    for file in sorted(folder.path.iterdir()):
         assert (again.path / file.name).read_bytes() == file.read_bytes(), file.name

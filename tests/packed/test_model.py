@@ -14,9 +14,12 @@ from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.errors import ModelError, PackedError
 from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
+from bitdistill_ray.packed.embedding import PackedEmbedding
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.linear import PackedLinear
 from bitdistill_ray.packed.model import export_packed, load_packed_model
+from bitdistill_ray.packed.summary import is_table
+from bitdistill_ray.packed.tables import HeadBits, packed_tables
 from bitdistill_ray.packed.weight import unpack
 from bitdistill_ray.quant import block_as_group, dequantize, quantize
 from tests.tiny_models import CASES, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -115,6 +118,46 @@ def test_a_packed_head_comes_back(tmp_path: Path) -> None:
     folder = export_packed(model, tiny_tokenizer(), tmp_path / "packed", provenance={})
     assert "lm_head" in folder.manifest.packed
     torch.testing.assert_close(logits(load_packed_model(tmp_path / "packed")[0]), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [HeadBits.EIGHT, HeadBits.FOUR])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_tables_are_the_tables_that_their_codes_stand_for(case: str, bits: HeadBits, tmp_path: Path) -> None:
+    """Tied and untied, with Gemma's scale; the whole model is the one whose tables have been exchanged by hand."""
+    model = student(case, SPECS["int2"])
+    folder = export_packed(model, tiny_tokenizer(), tmp_path / "packed", provenance={}, head_bits=bits)
+    tables = {"model.embed_tokens"} | (set() if model.config.tie_word_embeddings else {"lm_head"})
+    assert {name for name in folder.manifest.packed if is_table(name)} == tables
+    assert not any(is_table(name) for name in folder.plain_names)
+    loaded, _ = load_packed_model(tmp_path / "packed", kernels=False)
+    for name in tables:
+        weight = model.get_submodule(name).weight
+        exchanged = dequantize(unpack(folder.weight(name)))
+        assert 0 < float((exchanged - weight.detach()).norm() / weight.detach().norm()) < (0.01 if bits is HeadBits.EIGHT else 0.12)
+        weight.data.copy_(exchanged)
+    assert torch.equal(logits(loaded), logits(model))
+    assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)
+    assert isinstance(loaded.get_output_embeddings(), PackedLinear)
+
+
+def test_a_range_is_clipped_where_that_makes_the_error_of_a_4_bit_table_smaller() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    weight = model.get_input_embeddings().weight
+    weight.data[:, ::7] *= 2  # outliers
+    spec = QuantSpec(format=Format.INT4, group_size=32)
+    (packed,) = packed_tables(model, HeadBits.FOUR).values()
+    error = (dequantize(unpack(packed)) - weight).square().sum()
+    assert packed.spec == spec
+    assert float(error) < 0.97 * float((dequantize(quantize(weight, spec)) - weight).square().sum())
+
+
+def test_a_head_that_the_recipe_quantised_stays_as_it_was_trained(tmp_path: Path) -> None:
+    model = tiny_model("llama-untied")
+    quantize_linears(model, SPECS["int2"], include=["lm_head", "gate_proj"], exclude=())
+    folder = export_packed(model, tiny_tokenizer(), tmp_path / "packed", provenance={}, head_bits=HeadBits.EIGHT)
+    specs = {name: entry.spec.format for name, entry in folder.manifest.packed.items() if is_table(name)}
+    assert specs == {"lm_head": Format.INT2, "model.embed_tokens": Format.INT8}
 
 
 def test_the_same_student_gives_the_same_bytes_and_no_path_of_this_machine(tmp_path: Path) -> None:

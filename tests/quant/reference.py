@@ -51,6 +51,19 @@ def affine(w: list[float], g: list[float], rounding: Rounding, bits: int) -> Ref
     return Reference(codes, [(c - z) * s for c in codes], grad)
 
 
+def symmetric(w: list[float], g: list[float], rounding: Rounding, bits: int) -> Reference:
+    """For weights without ties of the largest magnitude."""
+    top = 2 ** (bits - 1) - 1
+    largest = max(w, key=abs)
+    s = max(abs(largest), 1e-5) / top
+    levels = [min(max(nearest(x / s, rounding), -top), top) for x in w]
+    grad = list(g)
+    if abs(largest) >= 1e-5:
+        ds = sum(gj * (level - x / s) for gj, level, x in zip(g, levels, w, strict=True))
+        grad[w.index(largest)] += ds / top * math.copysign(1, largest)
+    return Reference([level + top + 1 for level in levels], [level * s for level in levels], grad)
+
+
 def nf3(w: list[float], g: list[float]) -> Reference:
     """BitDistiller 1b and 1c, for weights without ties at the extremes and with both signs."""
     positive, negative = max(w), -min(w)

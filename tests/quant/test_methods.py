@@ -16,8 +16,10 @@ def expected(format: Format, w: list[float], g: list[float], rounding: Rounding,
     match format:
         case Format.TERNARY:
             return reference.ternary(w, g, rounding)
-        case Format.INT2 | Format.INT3:
-            return reference.affine(w, g, rounding, bits=2 if format is Format.INT2 else 3)
+        case Format.INT2 | Format.INT3 | Format.INT4:
+            return reference.affine(w, g, rounding, bits=format.code_bits)
+        case Format.INT8:
+            return reference.symmetric(w, g, rounding, bits=8)
         case Format.NF3:
             return reference.nf3(w, g)
         case Format.SEQ2:
@@ -82,7 +84,7 @@ def test_values_codes_and_gradients_are_those_of_the_method(
         assert alpha_grad == pytest.approx(of.grad_alpha, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("format", [Format.INT2, Format.INT3, Format.NF3])
+@pytest.mark.parametrize("format", [Format.INT2, Format.INT3, Format.INT4, Format.NF3])
 def test_the_scale_is_not_detached(format: Format) -> None:
     """With a constant output gradient, the extremes of a group receive something else than that constant."""
     torch.manual_seed(1)

@@ -1,9 +1,10 @@
-"""python -m tests.packed.golden.make    wrote the golden folder beside this file, once, with format version 1.
+"""python -m tests.packed.golden.make    wrote the golden folders beside this file, each once, with format version 1.
 
-The folder is a promise to everyone who has packed students on disk: every later reader must read it and give exactly
-`expected.safetensors`.  So this script is not run again when a reader fails; a new format version gets a new folder.
+They are a promise to everyone who has packed students on disk: every later reader must read them and give exactly
+`expected-*.safetensors`.  So this script is not run again when a reader fails; a new format version gets a new folder.
+`student-v1` came first; `tables-v1` has the formats of heads and embeddings, which came later.
 
-It covers every format at every granularity that the format allows, ragged last groups, both scale dtypes, int8
+They cover every format at every granularity that the format allows, ragged last groups, both scale dtypes, int8
 activations, all-zero and constant groups, and plain tensors of every stored dtype.
 """
 
@@ -21,15 +22,26 @@ from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import block_as_group, dequantize, initial_alpha, quantize
 
 HERE = Path(__file__).parent
-FOLDER = HERE / "student-v1"
-EXPECTED = HERE / "expected-v1.safetensors"
+LATER = (Format.INT4, Format.INT8)
+GOLDEN: dict[str, tuple[Format, ...]] = {
+    "student-v1": tuple(format for format in Format if format.stored is format and format not in LATER),
+    "tables-v1": LATER,
+}
 ROWS, COLUMNS = 5, 44  # 44 = 2 groups of 16 and 12 more; no whole number of bytes at 3 bits
 
 
-def specs() -> dict[str, QuantSpec]:
+def folder_of(golden: str) -> Path:
+    return HERE / golden
+
+
+def expected_of(golden: str) -> Path:
+    return HERE / f"expected-{golden.removeprefix('student-')}.safetensors"
+
+
+def specs(formats: tuple[Format, ...]) -> dict[str, QuantSpec]:
     """Every combination that `QuantSpec` allows, by a name that says it."""
     found = {}
-    for format in (format for format in Format if format.stored is format):
+    for format in formats:
         for granularity in Granularity:
             grouped = granularity in (Granularity.GROUP, Granularity.BLOCK)
             if format is Format.NF3 and granularity is not Granularity.GROUP:
@@ -39,7 +51,7 @@ def specs() -> dict[str, QuantSpec]:
             found[f"{format}-{granularity}"] = QuantSpec(
                 format=format, granularity=granularity, group_size=16 if grouped else None
             )
-    for format in (Format.TERNARY, Format.INT2, Format.NF3):
+    for format in (f for f in (Format.TERNARY, Format.INT2, Format.NF3, *LATER) if f in formats):
         found[f"{format}-a8-fp32"] = QuantSpec(
             format=format, group_size=16, activation_bits=8, scale_dtype=ScaleDtype.FP32
         )
@@ -62,13 +74,19 @@ def plain_tensors() -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Write both; refuses to replace them."""
-    if FOLDER.exists():
-        raise SystemExit(f"{FOLDER} exists: it must stay as it is")
+    """Write those that are not there."""
+    for golden, formats in GOLDEN.items():
+        if folder_of(golden).exists():
+            print(f"{golden} is there: it stays as it is")
+        else:
+            write(golden, formats)
+
+
+def write(golden: str, formats: tuple[Format, ...]) -> None:
     generator = torch.Generator().manual_seed(20250101)
     packed: dict[str, PackedWeight] = {}
     expected: dict[str, Tensor] = {}
-    for name, spec in specs().items():
+    for name, spec in specs(formats).items():
         w_NK = weight_of(spec, generator)
         alpha = initial_alpha(w_NK, spec) if spec.format.learns_scale else None
         quantized = block_as_group(quantize(w_NK, spec, alpha=alpha))
@@ -76,7 +94,7 @@ def main() -> None:
         expected[f"{name}.codes"] = quantized.codes_NK
         expected[f"{name}.values"] = dequantize(quantized)
     PackedFolder.write(
-        FOLDER,
+        folder_of(golden),
         config={"model_type": "golden", "hidden_size": COLUMNS},
         packed=packed,
         tensors=plain_tensors(),
@@ -85,7 +103,7 @@ def main() -> None:
         vocabulary="",
         subln={},
     )
-    save_file(expected, EXPECTED)
+    save_file(expected, expected_of(golden))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""What stands for a packed matrix in a model: a module that holds canonical bytes and follows the model's devices.
+
+The bytes are deliberately no buffers: `model.to(torch.bfloat16)` must not round scales that the codes were made with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from bitdistill_ray.core import PackedWeight
+from bitdistill_ray.packed.weight import check_packed, to_device, unpack
+from bitdistill_ray.quant import dequantize
+
+
+class PackedModule(nn.Module):
+    """Holds `packed`; raises PackedError where its tensors do not have the sizes of their spec."""
+
+    def __init__(self, packed: PackedWeight, where: str) -> None:
+        super().__init__()
+        check_packed(packed, where)
+        self.packed = packed
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The [N, K] matrix that the packed bytes stand for."""
+        return dequantize(unpack(self.packed)).to(dtype)
+
+    def moved(self) -> None:
+        """Called when the bytes have gone to another device: what was made of them is to be forgotten."""
+
+    def kind(self) -> str:
+        """The spec in a few words, for `extra_repr`."""
+        spec = self.packed.spec
+        return f"{spec.format}, {spec.granularity} {spec.group_size or ''}".rstrip()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.empty(0, device=self.packed.codes.device)).device
+        if device != self.packed.codes.device:
+            self.packed = to_device(self.packed, device)
+            self.moved()
+        return self
