@@ -2,8 +2,9 @@
 
 STUDENT is `RUN/stages/NAME/student`, local or at a URL.  `packed` (docs/FORMAT.md) is what the `export` stage makes
 inside a run; with `--head-bits` 8 or 4 the embedding and the head are packed too, and what that costs is measured and
-printed.  `--format hf-bitnet` writes a checkpoint of a ternary student with 8-bit activations that stock transformers
-loads: `--mode online` with latent weights, which go on training, `--mode packed` with four codes a byte.
+printed; `--trits` stores ternary codes five to a byte.  `--format hf-bitnet` writes a checkpoint of a ternary student
+with 8-bit activations that stock transformers loads: `--mode online` with latent weights, which go on training,
+`--mode packed` with four codes a byte.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--format", choices=(PACKED, HF_BITNET), default=PACKED, help=f"default {PACKED}")
     command.add_argument("--mode", choices=("online", "packed"), help=f"of {HF_BITNET} (default online)")
     command.add_argument("--head-bits", type=int, choices=(16, 8, 4), help="of embedding and head (default 16)")
+    command.add_argument("--trits", action="store_true", help="store ternary codes at 1.6 bits instead of 2")
     options = command.parse_args(argv)
     if options.mode and options.format != HF_BITNET:
         command.error(f"--mode belongs to --format {HF_BITNET}")
-    if options.head_bits and options.format != PACKED:
-        command.error(f"--head-bits belongs to --format {PACKED}")
+    if (options.head_bits or options.trits) and options.format != PACKED:
+        command.error(f"--head-bits and --trits belong to --format {PACKED}")
     from bitdistill_ray.evaluation.head_cost import head_cost
     from bitdistill_ray.inspect import render
     from bitdistill_ray.model.hf_bitnet import Mode, save_hf_bitnet
@@ -38,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from bitdistill_ray.model.student import load_student, read_about, saved_dtype
     from bitdistill_ray.packed.export import pack_student
     from bitdistill_ray.packed.folder import PackedFolder
+    from bitdistill_ray.packed.manifest import Layout
     from bitdistill_ray.packed.tables import HeadBits
 
     try:
@@ -47,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             save_hf_bitnet(Path(options.out), model, tokenizer, Mode(options.mode or Mode.ONLINE))
             print(f"wrote {options.out}: AutoModelForCausalLM.from_pretrained({options.out!r})")
             return 0
+        layout = Layout.TRITS if options.trits else Layout.PLANES
         bits, about = HeadBits(options.head_bits or HeadBits.SIXTEEN), dict(read_about(source)["provenance"])
-        pack_student(source, Path(options.out), about, head_bits=bits)
+        pack_student(source, Path(options.out), about, head_bits=bits, ternary=layout)
         if cost := head_cost(source, Path(options.out)):
             print(f"head_bits {bits}: {cost}")
         print(render(PackedFolder.open(options.out), tensors=False))

@@ -37,7 +37,7 @@ def render(folder: PackedFolder, *, tensors: bool) -> str:
     if tensors:
         for name, entry in folder.manifest.packed.items():
             size = sum(tensor_bytes(folder, f"{name}.{part}") for part in expected_parts(entry))
-            lines.append(f"{name}  {list(entry.shape)}  {describe(entry.spec)}  {size:,} bytes")
+            lines.append(f"{name}  {list(entry.shape)}  {describe(entry)}  {size:,} bytes")
         for name in folder.plain_names:
             stored = folder.manifest.tensors[name]
             lines.append(f"{name}  {list(stored.shape)}  {stored.dtype}  {tensor_bytes(folder, name):,} bytes")

@@ -33,7 +33,7 @@ class PackedEmbedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Raises IndexError for an id outside the table."""
         dtype = self.dtype_like.dtype
-        rows = dequantize(unpack(self._rows(ids.flatten()))).to(dtype).unflatten(0, ids.shape)
+        rows = dequantize(unpack(self._rows(ids.flatten()))).to(dtype).reshape(*ids.shape, self.embedding_dim)
         return rows if self.embed_scale == 1.0 else rows * torch.tensor(self.embed_scale, dtype=dtype)
 
     def extra_repr(self) -> str:

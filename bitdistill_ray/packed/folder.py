@@ -1,6 +1,6 @@
 """The packed student folder: written whole or not at all, and believed only after its checksums.
 
-    model.safetensors   NAME.codes, NAME.scales, NAME.zeros of every packed linear; the rest under its Hugging Face name
+    model.safetensors   NAME.codes (or .trits), .scales, .zeros of every packed matrix; the rest under its own name
     config.json         the Hugging Face config, and the manifest under the key `bitdistill` (see packed.manifest)
     provenance.json     teacher, recipe, data, commit, metrics: whatever the exporter knows
     ...                 tokenizer files and the generation config
@@ -29,6 +29,7 @@ from bitdistill_ray.errors import PackedError
 from bitdistill_ray.packed.manifest import (
     COPY_AGAIN,
     KEY,
+    Layout,
     Manifest,
     PackedEntry,
     StoredDtype,
@@ -36,6 +37,7 @@ from bitdistill_ray.packed.manifest import (
     bytes_of,
     expected_parts,
     parts_of,
+    weight_of,
 )
 from bitdistill_ray.packed.weight import check_packed
 from bitdistill_ray.storage import replace_folder, storage_errors, temporary_sibling
@@ -71,18 +73,20 @@ class PackedFolder:
         provenance: Mapping[str, Any],
         vocabulary: str,
         subln: Mapping[str, float] | None = None,
+        ternary: Layout = Layout.PLANES,
     ) -> Self:
         """Write a folder beside `path`, then rename it into place; what was at `path` is replaced.
 
         `packed` by module path, `tensors` (fp16, bf16 or fp32) by Hugging Face name, `files` as they are,
-        `subln` eps by module path.
+        `subln` eps by module path; `ternary` is the layout of codes that are one of three.
         Raises StorageError where the disk refuses (nothing is left behind), PackedError for what cannot be stored.
         """
         target = Path(path).absolute()
-        stored = dict(_flatten(packed, tensors))
+        entries = {name: PackedEntry.of(weight, ternary) for name, weight in packed.items()}
+        stored = dict(_flatten(packed, entries, tensors))
         files = {**files, PROVENANCE: _json(provenance)}
         manifest = Manifest(
-            packed={name: PackedEntry(weight.spec, weight.shape) for name, weight in packed.items()},
+            packed=entries,
             tensors={name: StoredTensor.of(tensor) for name, tensor in stored.items()},
             subln=subln or {},
             files={name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -127,7 +131,7 @@ class PackedFolder:
         """The packed matrix of the linear `name`.  Raises PackedError where its bytes are not those written."""
         entry = self.manifest.packed[name]
         parts = {part: self.tensor(f"{name}.{part}") for part in expected_parts(entry)}
-        weight = PackedWeight(spec=entry.spec, shape=entry.shape, zeros=parts.pop("zeros", None), **parts)
+        weight = weight_of(entry, parts)
         check_packed(weight, f"{self.path / TENSORS}:{name}")
         return weight
 
@@ -161,11 +165,13 @@ class PackedFolder:
                 raise PackedError(f"{where}:{name}", f"{found}, not {stored.dtype} {list(stored.shape)}", COPY_AGAIN)
 
 
-def _flatten(packed: Mapping[str, PackedWeight], tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _flatten(
+    packed: Mapping[str, PackedWeight], entries: Mapping[str, PackedEntry], tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor to store, by its stored name, contiguous on the CPU.  Raises PackedError for a name given twice."""
     for name, weight in packed.items():
         check_packed(weight, name)
-        for part, tensor in parts_of(weight).items():
+        for part, tensor in parts_of(weight, entries[name].layout).items():
             if f"{name}.{part}" in tensors:
                 raise PackedError(f"{name}.{part}", "names a packed and a plain tensor", "Rename the plain one")
             yield f"{name}.{part}", tensor.detach().cpu().contiguous()

@@ -2,8 +2,9 @@
 
 It is the value of the key `bitdistill` in the folder's `config.json`, beside the Hugging Face config:
 
-    format_version   1
-    packed           NAME -> {"spec": QuantSpec, "shape": [N, K]}   NAME is the path of a linear module
+    format_version   the oldest one whose readers know all that the folder holds: 1, or 2 (int4, int8, trits)
+    packed           NAME -> {"spec": QuantSpec, "shape": [N, K]}   NAME is the path of a linear or embedding module;
+                     and "layout": "trits" where the codes are stored five to a byte
     tensors          stored name -> {"dtype", "shape", "sha256"}    every tensor of model.safetensors
     subln            NAME -> eps of each linear that normalises its input; `NAME.norm.weight` is the gain
     files            file name -> sha256                            every other file: tokenizer, provenance, ...
@@ -26,13 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import PackedWeight, QuantSpec
+from bitdistill_ray.core import Format, PackedWeight, QuantSpec
 from bitdistill_ray.errors import ConfigError, PackedError
+from bitdistill_ray.packed.bits import pack_codes, unpack_codes
+from bitdistill_ray.packed.trits import pack_trits, trit_row_bytes, unpack_trits
 from bitdistill_ray.packed.weight import SCALE_DTYPES, packed_shapes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+SINCE_VERSION_2 = frozenset({Format.INT4, Format.INT8})
 KEY = "bitdistill"
 CHECKSUM = "sha256"
+TERNARY_CODES, TRIT_BITS = 3, 1.6
 COPY_AGAIN = "The folder is damaged or was changed: copy it again, or export it again"
 
 
@@ -80,12 +85,37 @@ class StoredTensor:
         return cls(StoredDtype.of(tensor.dtype), tuple(tensor.shape), hashlib.sha256(bytes_of(tensor)).hexdigest())
 
 
+class Layout(StrEnum):
+    """How a file stores the codes of a matrix."""
+
+    PLANES = "planes"  # as kernels take them: `packed.bits`
+    TRITS = "trits"  # five ternary codes a byte: `packed.trits`
+
+
 @dataclass(frozen=True, slots=True)
 class PackedEntry:
     """One packed [N, K] matrix."""
 
     spec: QuantSpec
     shape: tuple[int, int]
+    layout: Layout = Layout.PLANES
+
+    @classmethod
+    def of(cls, weight: PackedWeight, ternary: Layout) -> PackedEntry:
+        """The entry of a packed weight; `ternary` is the layout of matrices of three codes."""
+        three = weight.spec.format.code_count == TERNARY_CODES
+        return cls(weight.spec, weight.shape, ternary if three else Layout.PLANES)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits: codes, scales and zero points, no padding."""
+        bits = self.spec.bits_per_weight(*self.shape)
+        return bits if self.layout is Layout.PLANES else bits - self.spec.format.code_bits + TRIT_BITS
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        layout = {} if self.layout is Layout.PLANES else {"layout": self.layout.value}
+        return {"spec": self.spec.to_dict(), "shape": list(self.shape), **layout}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +128,18 @@ class Manifest:
     files: Mapping[str, str]
     vocabulary: str
 
+    @property
+    def format_version(self) -> int:
+        """The oldest one whose readers know all that this holds."""
+        entries = self.packed.values()
+        later = any(e.layout is not Layout.PLANES or e.spec.format in SINCE_VERSION_2 for e in entries)
+        return 2 if later else 1
+
     def seal(self, hf_config: Mapping[str, Any]) -> dict[str, Any]:
         """The content of config.json: the Hugging Face config, this manifest, and the checksum over both."""
         own: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "packed": {n: {"spec": e.spec.to_dict(), "shape": list(e.shape)} for n, e in sorted(self.packed.items())},
+            "format_version": self.format_version,
+            "packed": {n: e.to_dict() for n, e in sorted(self.packed.items())},
             "tensors": {n: asdict(t) | {"shape": list(t.shape)} for n, t in sorted(self.tensors.items())},
             "subln": dict(sorted(self.subln.items())),
             "files": dict(sorted(self.files.items())),
@@ -167,17 +204,32 @@ class Manifest:
                 raise PackedError(where, f"names the file {file!r}", COPY_AGAIN)
 
 
-def parts_of(weight: PackedWeight) -> dict[str, Tensor]:
+def parts_of(weight: PackedWeight, layout: Layout) -> dict[str, Tensor]:
     """The stored tensors of a packed matrix, by the last part of their names."""
-    parts = {"codes": weight.codes, "scales": weight.scales}
-    return parts if weight.zeros is None else {**parts, "zeros": weight.zeros}
+    codes = {"codes": weight.codes}
+    if layout is Layout.TRITS:
+        codes = {"trits": pack_trits(unpack_codes(weight.codes, weight.shape[1], weight.spec.format.code_bits))}
+    return {**codes, "scales": weight.scales} | ({} if weight.zeros is None else {"zeros": weight.zeros})
+
+
+def weight_of(entry: PackedEntry, parts: Mapping[str, Tensor]) -> PackedWeight:
+    """The packed matrix of its stored tensors.  Raises PackedError for bytes that are no trits."""
+    codes = parts.get("codes")
+    if codes is None:
+        codes = pack_codes(unpack_trits(parts["trits"], entry.shape[1]), entry.spec.format.code_bits)
+    return PackedWeight(
+        spec=entry.spec, shape=entry.shape, codes=codes, scales=parts["scales"], zeros=parts.get("zeros")
+    )
 
 
 def expected_parts(entry: PackedEntry) -> dict[str, tuple[StoredDtype, tuple[int, ...]]]:
     """Dtype and shape that each stored tensor of a packed matrix must have."""
     shapes = packed_shapes(entry.spec, entry.shape)
     scale_dtype = StoredDtype.of(SCALE_DTYPES[entry.spec.scale_dtype])
-    parts = {"codes": (StoredDtype.U8, shapes.codes), "scales": (scale_dtype, shapes.scales)}
+    codes = {"codes": (StoredDtype.U8, shapes.codes)}
+    if entry.layout is Layout.TRITS:
+        codes = {"trits": (StoredDtype.U8, (entry.shape[0], trit_row_bytes(entry.shape[1])))}
+    parts = {**codes, "scales": (scale_dtype, shapes.scales)}
     return parts if shapes.zeros is None else {**parts, "zeros": (StoredDtype.U8, shapes.zeros)}
 
 
@@ -188,7 +240,10 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 def _entry(raw: dict[str, Any]) -> PackedEntry:
     out_features, in_features = _shape(raw["shape"])
-    return PackedEntry(QuantSpec.from_dict(raw["spec"]), (out_features, in_features))
+    spec, layout = QuantSpec.from_dict(raw["spec"]), Layout(raw.get("layout", Layout.PLANES))
+    if layout is Layout.TRITS and spec.format.code_count != TERNARY_CODES:
+        raise ValueError(f"{spec.format} in trits")
+    return PackedEntry(spec, (out_features, in_features), layout)
 
 
 def _stored(raw: dict[str, Any]) -> StoredTensor:

@@ -30,7 +30,7 @@ from bitdistill_ray.model.taps import SDPA
 from bitdistill_ray.packed.embedding import PackedEmbedding
 from bitdistill_ray.packed.folder import CONFIG, TENSORS, PackedFolder
 from bitdistill_ray.packed.linear import PackedLinear
-from bitdistill_ray.packed.manifest import COPY_AGAIN
+from bitdistill_ray.packed.manifest import COPY_AGAIN, Layout
 from bitdistill_ray.packed.tables import HeadBits, packed_tables
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import QuantizedTensor, block_as_group, quantize
@@ -48,11 +48,12 @@ def export_packed(
     provenance: Mapping[str, Any],
     store_dtype: torch.dtype | None = None,
     head_bits: HeadBits = HeadBits.SIXTEEN,
+    ternary: Layout = Layout.PLANES,
 ) -> PackedFolder:
     """Write a model with QuantLinears, in the dtype in which it computes, as a packed student.
 
-    `head_bits`: of the embedding and the head.  What is not packed is stored in `store_dtype`; by default the model's
-    own 16 bits, or fp16 for an fp32 model.
+    `head_bits`: of the embedding and the head; `ternary`: how codes that are one of three are stored.  What is not
+    packed is stored in `store_dtype`; by default the model's own 16 bits, or fp16 for an fp32 model.
     Raises PackedError: nothing is quantised, or a value does not fit in `store_dtype`; ModelError: weights that are not
     finite; StorageError: a disk that refuses.
     """
@@ -77,6 +78,7 @@ def export_packed(
         provenance=provenance,
         vocabulary=vocabulary_hash(tokenizer),
         subln=surgery.subln_eps,
+        ternary=ternary,
     )
 
 

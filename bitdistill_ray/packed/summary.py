@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.packed.folder import PackedFolder
-from bitdistill_ray.packed.manifest import FORMAT_VERSION
+from bitdistill_ray.packed.manifest import Layout, PackedEntry
 
 EMBEDDINGS = ("embed_tokens", "lm_head")  # modules that are counted apart: they dwarf a small student
 
@@ -40,15 +39,15 @@ def summarise(folder: PackedFolder) -> PackedSummary:
     entries = folder.manifest.packed
     linears = {n: e for n, e in entries.items() if not is_table(n)} or entries
     weights = {name: prod(entry.shape) for name, entry in entries.items()}
-    bits = sum(entry.spec.bits_per_weight(*entry.shape) * weights[name] for name, entry in linears.items())
+    bits = sum(entry.bits_per_weight * weights[name] for name, entry in linears.items())
     plain = {name: prod(folder.manifest.tensors[name].shape) for name in folder.plain_names}
     sizes = {name: tensor_bytes(folder, name) for name in folder.manifest.tensors}
     embeddings = sum(size for name, size in sizes.items() if is_table(name))
     return PackedSummary(
         path=str(folder.path),
         model_type=str(folder.config.get("model_type")),
-        format_version=FORMAT_VERSION,
-        specs=dict(Counter(describe(entry.spec) for entry in entries.values())),
+        format_version=folder.manifest.format_version,
+        specs=dict(Counter(describe(entry) for entry in entries.values())),
         packed_weights=sum(weights.values()),
         bits_per_weight=bits / max(1, sum(weights[name] for name in linears)),
         parameters=sum(weights.values()) + sum(plain.values()),
@@ -70,8 +69,10 @@ def tensor_bytes(folder: PackedFolder, name: str) -> int:
     return prod(stored.shape) * stored.dtype.itemsize
 
 
-def describe(spec: QuantSpec) -> str:
+def describe(entry: PackedEntry) -> str:
     """`int2, group of 128, fp16 scales`."""
+    spec = entry.spec
     shared = f"{spec.granularity} of {spec.group_size}" if spec.group_size else f"per {spec.granularity}"
     activations = f", int{spec.activation_bits} activations" if spec.activation_bits else ""
-    return f"{spec.format}, {shared}, {spec.scale_dtype} scales{activations}"
+    trits = ", five codes a byte" if entry.layout is Layout.TRITS else ""
+    return f"{spec.format}, {shared}, {spec.scale_dtype} scales{activations}{trits}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from bitdistill_ray.evaluation.head_cost import head_cost
 from bitdistill_ray.packed.export import pack_student
+from bitdistill_ray.packed.manifest import Layout
 from bitdistill_ray.packed.tables import HeadBits
 from bitdistill_ray.runs import StageRecord, provenance
 from bitdistill_ray.stage_config import ExportStage
@@ -36,13 +37,14 @@ def _export(context: StageContext, notes: Notes) -> StageRecord:
     if options.baselines:
         student = context.earlier("student")
         roles |= {f"packed-{role}": role for role in BASELINES if context.earlier(role) not in (None, student)}
+    layout = Layout.TRITS if options.trits else Layout.PLANES
     artefacts: dict[str, str] = {}
     facts: dict[str, Any] = {}
     for name, role in notes.each(roles.items(), total=len(roles)):
         source = context.fetch(role)
         with context.run.publish(context.path(name)) as folder:
             about = {**provenance(context.config, stage=context.name), "student": role}
-            pack_student(source, folder, about, head_bits=HeadBits(options.head_bits))
+            pack_student(source, folder, about, head_bits=HeadBits(options.head_bits), ternary=layout)
             if name == "packed" and (cost := head_cost(source, folder)):
                 notes.say(f"head_bits {options.head_bits}: {cost}")
                 facts["head_cost"] = asdict(cost)

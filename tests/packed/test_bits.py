@@ -1,5 +1,7 @@
 """The canonical bytes: fixed by worked examples and by a loop that follows the words of docs/FORMAT.md."""
 
+from random import Random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from bitdistill_ray.errors import PackedError
 from bitdistill_ray.packed.bits import pack_codes, packed_row_bytes, unpack_codes
+from bitdistill_ray.packed.trits import pack_trits, trit_row_bytes, unpack_trits
 
 
 def packed_by_the_letter(codes: list[int], bits: int) -> list[int]:
@@ -72,3 +75,28 @@ def test_bytes_of_another_length_are_refused(n: int) -> None:
     packed = pack_codes(torch.zeros(2, 9, dtype=torch.uint8), 2)
     with pytest.raises(PackedError, match=r"\[rows, \d+\]"):
         unpack_codes(packed, n, 2)
+
+
+@given(st.integers(0, 4), st.integers(0, 23), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_trits_follow_the_letter_and_come_back(rows: int, n: int, random: Random) -> None:
+    codes = [[random.randrange(3) for _ in range(n)] for _ in range(rows)]
+    packed = pack_trits(torch.tensor(codes, dtype=torch.uint8).reshape(rows, n))
+    by_the_letter = [[sum(c * 3**i for i, c in enumerate(row[k : k + 5])) for k in range(0, n, 5)] for row in codes]
+    assert packed.shape == (rows, trit_row_bytes(n))
+    assert packed.tolist() == by_the_letter
+    assert unpack_trits(packed, n).tolist() == codes
+
+
+@pytest.mark.parametrize(
+    ("byte", "n", "what"),
+    [(243, 5, "at most 242"), (255, 5, "at most 242"), (81, 4, "behind the end"), (0, 6, r"\[rows, 2\]")],
+)
+def test_bytes_that_are_no_trits_are_refused(byte: int, n: int, what: str) -> None:
+    with pytest.raises(PackedError, match=what):
+        unpack_trits(torch.tensor([[byte]], dtype=torch.uint8), n)
+
+
+def test_codes_that_are_no_trits_are_refused() -> None:
+    with pytest.raises(PackedError, match="code 3"):
+        pack_trits(torch.tensor([[3]], dtype=torch.uint8))

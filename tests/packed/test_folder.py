@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from bitdistill_ray.core import Format, Granularity, PackedWeight, QuantSpec
 from bitdistill_ray.errors import PackedError, StorageError
 from bitdistill_ray.packed.folder import CONFIG, PROVENANCE, TENSORS, PackedFolder
-from bitdistill_ray.packed.manifest import FORMAT_VERSION, KEY
+from bitdistill_ray.packed.manifest import FORMAT_VERSION, KEY, Layout
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import quantize
 
@@ -35,7 +35,7 @@ def packed_weights() -> dict[str, PackedWeight]:
     }
 
 
-def write(path: Path) -> PackedFolder:
+def write(path: Path, ternary: Layout = Layout.PLANES) -> PackedFolder:
     return PackedFolder.write(
         path,
         config={"model_type": "llama", "rms_norm_eps": 1e-05, "name": "tiny é"},
@@ -48,6 +48,7 @@ def write(path: Path) -> PackedFolder:
         provenance={"teacher": "a teacher", "metrics": {"ppl:wiki": 12.5}},
         vocabulary="abc",
         subln={"b.proj": 1e-6},
+        ternary=ternary,
     )
 
 
@@ -175,12 +176,25 @@ def test_every_byte_of_a_tensor_is_under_its_checksum(original: Path, tmp_path: 
             PackedFolder.open(student).verify()
 
 
+def test_trits_are_the_same_weights_in_a_smaller_file(original: Path, tmp_path: Path) -> None:
+    planes, trits = PackedFolder.open(original), write(tmp_path / "trits", ternary=Layout.TRITS)
+    assert (planes.manifest.format_version, trits.manifest.format_version) == (1, 2)
+    for name, weight in packed_weights().items():
+        for part in ("codes", "scales"):
+            assert torch.equal(getattr(trits.weight(name), part), getattr(weight, part))
+    assert trits.manifest.tensors["b.proj.trits"].shape == (4, 2)  # nine codes: five and four
+    assert "a.proj.codes" in trits.manifest.tensors  # int3 has no trits
+    assert trits.plain_names == planes.plain_names
+    saved = planes.manifest.packed["b.proj"].bits_per_weight - trits.manifest.packed["b.proj"].bits_per_weight
+    assert saved == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize(
     ("edit", "what"),
     [
         (
             lambda own: own.update(format_version=FORMAT_VERSION + 1),
-            "format version 2, and this bitdistill-ray reads up to 1",
+            f"format version {FORMAT_VERSION + 1}, and this bitdistill-ray reads up to {FORMAT_VERSION}",
         ),
         (lambda own: own.update(format_version="new"), "format version 'new'"),
         (lambda own: own["packed"]["a.proj"].update(shape=[3, 22]), "checksum"),

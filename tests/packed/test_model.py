@@ -133,7 +133,8 @@ def test_packed_tables_are_the_tables_that_their_codes_stand_for(case: str, bits
     for name in tables:
         weight = model.get_submodule(name).weight
         exchanged = dequantize(unpack(folder.weight(name)))
-        assert 0 < float((exchanged - weight.detach()).norm() / weight.detach().norm()) < (0.01 if bits is HeadBits.EIGHT else 0.12)
+        error = float((exchanged - weight.detach()).norm() / weight.detach().norm())
+        assert 0 < error < (0.01 if bits is HeadBits.EIGHT else 0.12)
         weight.data.copy_(exchanged)
     assert torch.equal(logits(loaded), logits(model))
     assert isinstance(loaded.get_input_embeddings(), PackedEmbedding)

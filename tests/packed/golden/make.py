@@ -1,8 +1,8 @@
-"""python -m tests.packed.golden.make    wrote the golden folders beside this file, each once, with format version 1.
+"""python -m tests.packed.golden.make    wrote the golden folders beside this file, each once.
 
 They are a promise to everyone who has packed students on disk: every later reader must read them and give exactly
 `expected-*.safetensors`.  So this script is not run again when a reader fails; a new format version gets a new folder.
-`student-v1` came first; `tables-v1` has the formats of heads and embeddings, which came later.
+`student-v2` has what came later: the formats of heads and embeddings, and ternary codes five to a byte.
 
 They cover every format at every granularity that the format allows, ragged last groups, both scale dtypes, int8
 activations, all-zero and constant groups, and plain tensors of every stored dtype.
@@ -18,20 +18,26 @@ from torch import Tensor
 
 from bitdistill_ray.core import Format, Granularity, PackedWeight, QuantSpec, ScaleDtype
 from bitdistill_ray.packed.folder import PackedFolder
+from bitdistill_ray.packed.manifest import Layout
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import block_as_group, dequantize, initial_alpha, quantize
 
 HERE = Path(__file__).parent
 LATER = (Format.INT4, Format.INT8)
+TRITS = (Format.TERNARY, Format.SEQ_TERNARY)
 GOLDEN: dict[str, tuple[Format, ...]] = {
     "student-v1": tuple(format for format in Format if format.stored is format and format not in LATER),
-    "tables-v1": LATER,
+    "student-v2": (*LATER, *TRITS),
 }
 ROWS, COLUMNS = 5, 44  # 44 = 2 groups of 16 and 12 more; no whole number of bytes at 3 bits
 
 
 def folder_of(golden: str) -> Path:
     return HERE / golden
+
+
+def layout_of(golden: str) -> Layout:
+    return Layout.PLANES if golden == "student-v1" else Layout.TRITS
 
 
 def expected_of(golden: str) -> Path:
@@ -102,6 +108,7 @@ def write(golden: str, formats: tuple[Format, ...]) -> None:
         provenance={"made_by": "tests/packed/golden/make.py"},
         vocabulary="",
         subln={},
+        ternary=layout_of(golden),
     )
     save_file(expected, expected_of(golden))
 
