@@ -1,10 +1,10 @@
-"""python -m bitdistill_ray.export STUDENT OUT [--head-bits 8]    pack a student folder (of a training stage).
+"""python -m bitdistill_ray.export STUDENT OUT [--head-bits 16|8|4]    pack a student folder (of a training stage).
 
 STUDENT is `RUN/stages/NAME/student`, local or at a URL.  `packed` (docs/FORMAT.md) is what the `export` stage makes
-inside a run; with `--head-bits` 8 or 4 the embedding and the head are packed too, and what that costs is measured and
-printed; `--trits` stores ternary codes five to a byte.  `--format hf-bitnet` writes a checkpoint of a ternary student
-with 8-bit activations that stock transformers loads: `--mode online` with latent weights, which go on training,
-`--mode packed` with four codes a byte.
+inside a run; the embedding and the head are packed too, in 8 bits or in 4, unless `--head-bits` is 16, and what that
+costs is measured and printed; `--trits` stores ternary codes five to a byte.  `--format hf-bitnet` writes a checkpoint
+of a ternary student with 8-bit activations that stock transformers loads: `--mode online` with latent weights, which go
+on training, `--mode packed` with four codes a byte.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("out", metavar="OUT")
     command.add_argument("--format", choices=(PACKED, HF_BITNET), default=PACKED, help=f"default {PACKED}")
     command.add_argument("--mode", choices=("online", "packed"), help=f"of {HF_BITNET} (default online)")
-    command.add_argument("--head-bits", type=int, choices=(16, 8, 4), help="of embedding and head (default 16)")
+    command.add_argument("--head-bits", type=int, choices=(16, 8, 4), help="of embedding and head (default 8)")
     command.add_argument("--trits", action="store_true", help="store ternary codes at 1.6 bits instead of 2")
     options = command.parse_args(argv)
     if options.mode and options.format != HF_BITNET:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"wrote {options.out}: AutoModelForCausalLM.from_pretrained({options.out!r})")
             return 0
         layout = Layout.TRITS if options.trits else Layout.PLANES
-        bits, about = HeadBits(options.head_bits or HeadBits.SIXTEEN), dict(read_about(source)["provenance"])
+        bits, about = HeadBits(options.head_bits or HeadBits.EIGHT), dict(read_about(source)["provenance"])
         pack_student(source, Path(options.out), about, head_bits=bits, ternary=layout)
         if cost := head_cost(source, Path(options.out)):
             print(f"head_bits {bits}: {cost}")

@@ -273,7 +273,7 @@ class ExportStage(Strict):
     kind: Literal["export"] = "export"
     baselines: bool = False
     """Also pack the student as it was before training (rounded to nearest, clipped, GPTQ's), for comparison."""
-    head_bits: Literal[16, 8, 4] = 16
+    head_bits: Literal[16, 8, 4] = 8
     """Bits of the embedding and the head; below 16 what it costs is measured and printed."""
     trits: bool = False
     """Store ternary codes five to a byte, 1.6 bits a weight: a smaller file, the same model in memory."""

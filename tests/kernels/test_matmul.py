@@ -135,7 +135,7 @@ def test_the_largest_sums_do_not_overflow(format: Format, instruction_set: str) 
     granularity = Granularity.GROUP if format is Format.NF3 else Granularity.ROW
     spec = QuantSpec(format=format, granularity=granularity, group_size=size, activation_bits=8)
     codes_NK = torch.full((N, K), format.code_count - 1, dtype=torch.uint8)
-    codes_NK[1] = 0
+    codes_NK[1] = 1 if format is Format.INT8 else 0  # int8 has no code 0
     scale = torch.ones(N, 1, 2) if format is Format.NF3 else torch.ones(N, 1)
     zero = torch.zeros(N, 1, dtype=torch.uint8) if format.has_zero_point else None
     q = QuantizedTensor(spec=spec, shape=(N, K), codes_NK=codes_NK, scale=scale, zero=zero)
