@@ -56,6 +56,12 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "bdk_instruction_set_choose": (_INT, (_INT,)),
     "bdk_threads": (_INT, ()),
     "bdk_set_threads": (_INT, (_INT,)),
+    "bdk_decoder_create": (_INT, (Pointer, _I64, _I64, _I32, ctypes.POINTER(Pointer))),
+    "bdk_decoder_free": (None, (Pointer,)),
+    "bdk_decoder_cache_bytes": (_I64, (Pointer,)),
+    "bdk_decoder_scratch_bytes": (_I64, (Pointer,)),
+    "bdk_decoder_copy": (_INT, (Pointer, _I64, _I64, _I64)),
+    "bdk_decoder_forward": (_INT, (Pointer, _I64, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer)),
 }
 
 
