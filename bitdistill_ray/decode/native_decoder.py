@@ -5,8 +5,7 @@ Where the torch decoder spends a packed student's step in Python and in torch's 
 int8 with a scale for each head and token.  A sequence's logits are the same bits whatever shares its batch and however
 its prompt was cut; products with int8 activations are those of the torch decoder over the same kernels.
 
-`native_decoder` is slower in nothing that it supports, so `decode.loading` takes it wherever `why_not_native` has
-nothing to say.
+`decode.loading` takes it wherever `why_not_native` has nothing to say.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ class NativeDecoder:
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu", *, slots: int = 8, slot_tokens: int = 2048) -> Self:
         """Load a packed folder, or any model source that `model.load_model` knows."""
-        from bitdistill_ray.decode.loading import load_native
+        from bitdistill_ray.decode.loading import load_decoder
 
-        model, _ = load_native(path, device=device)
+        model, _ = load_decoder(path, device=device)
         return cls(model, slots=slots, slot_tokens=slot_tokens)
 
     @property

@@ -90,7 +90,7 @@ class SlotBook:
         for slot in slots:
             if self.length(slot) >= self.slot_tokens:
                 raise CapacityError(f"slot {slot}", f"holds {self.slot_tokens} tokens, its limit",
-                                    "Finish the sequence there, or load the decoder with a larger slot_tokens")  # fmt: skip
+                                    "Finish the sequence, or load the decoder with more slot_tokens")  # fmt: skip
         if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
             raise ValueError(f"token {outside[0]} is not in a vocabulary of {self.vocab_size}")
         for slot, token in zip(slots, tokens, strict=True):

@@ -161,7 +161,8 @@ class _Description:
 
     def __init__(self, model: Model) -> None:
         self.kept: list[object] = []
-        vocabulary, hidden = np.shape(model.embedding)
+        self.head_size = model.head_size
+        vocabulary, hidden = _shape(model.embedding)
         self.layers = (LayerStruct * len(model.layers))(*(self._layer(layer) for layer in model.layers))
         tables = [np.stack([np.asarray(pair[which], np.float32) for pair in model.angles]) for which in (0, 1)]
         if tables[0].shape != tables[1].shape or tables[0].shape[2] != model.head_size // 2:
@@ -188,8 +189,6 @@ class _Description:
             embedding_scale=model.embedding_scale,
             soft_cap=model.soft_cap or 0.0,
         )
-        for layer in self.layers:
-            self._check_heads(layer, model.head_size)
 
     def _layer(self, layer: Layer) -> LayerStruct:
         hidden = _shape(layer.query.weight)[1]
@@ -199,7 +198,7 @@ class _Description:
         for name in ("attention_norm", "ffn_norm", "attention_out_norm", "ffn_out_norm"):
             setattr(struct, name, self._vector(getattr(layer, name), hidden, name))
         for name in ("query_norm", "key_norm"):
-            setattr(struct, name, self._vector(getattr(layer, name), None, name))
+            setattr(struct, name, self._vector(getattr(layer, name), self.head_size, name))
         return struct
 
     def _linear(self, linear: Linear) -> LinearStruct:
@@ -221,21 +220,14 @@ class _Description:
             struct.dense, struct.value_type = memory.address, _VALUE_TYPES[memory.dtype]
         return struct
 
-    def _vector(self, vector: Array | None, size: int | None, what: str) -> int | None:
+    def _vector(self, vector: Array | None, size: int, what: str) -> int | None:
         if vector is None:
             return None
         memory = buffer(vector, what, ("float32",))
-        if len(memory.shape) != 1 or size not in (None, memory.shape[0]):
-            raise KernelError(what, f"of shape {list(memory.shape)}", f"Give [{size or 'head size'}]")
+        if memory.shape != (size,):
+            raise KernelError(what, f"of shape {list(memory.shape)}", f"Give [{size}]")
         self.kept.append(memory)
         return memory.address
-
-    def _check_heads(self, layer: LayerStruct, size: int) -> None:
-        sizes = {memory.address: memory.shape for memory in self.kept if hasattr(memory, "address")}
-        for name in ("query_norm", "key_norm"):
-            address = getattr(layer, name)
-            if address is not None and sizes[address] != (size,):
-                raise KernelError(name, f"of shape {list(sizes[address])}", f"Give [{size}]")
 
 
 def _shape(weight: Weight | Array) -> tuple[int, int]:

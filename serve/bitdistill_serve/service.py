@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerBase
 import bitdistill_kernels
 from bitdistill_ray import env
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
-from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_ray.decode.loading import decoder_over, load_decoder, stop_ids
 from bitdistill_ray.packed.linear import PackedLinear
 from bitdistill_serve.engine import Engine
 from bitdistill_serve.options import ServeOptions
@@ -53,11 +52,11 @@ class Service:
         """
         threads = options.threads or env.cpu_count()
         torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
-        model, tokenizer = load_for_decoding(options.model, device=options.device)
+        model, tokenizer = load_decoder(options.model, device=options.device)
         if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
             bitdistill_kernels.set_threads(threads)
         return cls.over(
-            TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens),
+            decoder_over(model, slots=options.slots, slot_tokens=options.slot_tokens),
             tokenizer,
             name=options.served_name,
             stop_ids=stop_ids(model, tokenizer),

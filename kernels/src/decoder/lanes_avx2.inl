@@ -20,12 +20,20 @@ inline void store(float* at, Vec x) { _mm256_storeu_ps(at, x.v); }
 inline Vec load_half(const std::uint16_t* at) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)))};
 }
+inline void load_halves(const std::uint16_t* at, Vec* pair) {
+  pair[0] = load_half(at);
+  pair[1] = load_half(at + Vec::kLanes);
+}
 inline void store_half(std::uint16_t* at, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Vec load_bfloat(const std::uint16_t* at) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+}
+inline void load_bfloats(const std::uint16_t* at, Vec* pair) {
+  pair[0] = load_bfloat(at);
+  pair[1] = load_bfloat(at + Vec::kLanes);
 }
 inline Vec load_int8(const std::int8_t* at) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))))};
@@ -53,7 +61,6 @@ inline float largest(Vec a) {
   const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
-inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace bdk

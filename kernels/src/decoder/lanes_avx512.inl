@@ -20,12 +20,25 @@ inline void store(float* at, Vec x) { _mm512_storeu_ps(at, x.v); }
 inline Vec load_half(const std::uint16_t* at) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
 }
+// Two vectors at once: loads of a whole line are what memory delivers fastest.
+inline void load_halves(const std::uint16_t* at, Vec* pair) {
+  const __m512i both = _mm512_loadu_si512(at);
+  pair[0] = {_mm512_cvtph_ps(_mm512_castsi512_si256(both))};
+  pair[1] = {_mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+}
 inline void store_half(std::uint16_t* at, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
 }
+inline Vec widen_bfloat(__m256i values) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16))};
+}
 inline Vec load_bfloat(const std::uint16_t* at) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  return widen_bfloat(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
+}
+inline void load_bfloats(const std::uint16_t* at, Vec* pair) {
+  const __m512i both = _mm512_loadu_si512(at);
+  pair[0] = widen_bfloat(_mm512_castsi512_si256(both));
+  pair[1] = widen_bfloat(_mm512_extracti64x4_epi64(both, 1));
 }
 inline Vec load_int8(const std::int8_t* at) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))))};
@@ -45,7 +58,6 @@ inline Vec power_of_two(Vec whole) {
 }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
-inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
 }  // namespace
 }  // namespace bdk

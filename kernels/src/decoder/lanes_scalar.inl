@@ -66,11 +66,19 @@ inline void store(float* at, Vec x) { std::memcpy(at, x.v, sizeof x.v); }
 inline Vec load_half(const std::uint16_t* at) {
   return lanes([&](int i) { return widened_half(at[i]); });
 }
+inline void load_halves(const std::uint16_t* at, Vec* pair) {
+  pair[0] = load_half(at);
+  pair[1] = load_half(at + Vec::kLanes);
+}
 inline void store_half(std::uint16_t* at, Vec x) {
   for (int i = 0; i < Vec::kLanes; ++i) at[i] = narrowed_half(x.v[i]);
 }
 inline Vec load_bfloat(const std::uint16_t* at) {
   return lanes([&](int i) { return float_of(static_cast<std::uint32_t>(at[i]) << 16); });
+}
+inline void load_bfloats(const std::uint16_t* at, Vec* pair) {
+  pair[0] = load_bfloat(at);
+  pair[1] = load_bfloat(at + Vec::kLanes);
 }
 inline Vec load_int8(const std::int8_t* at) {
   return lanes([&](int i) { return static_cast<float>(at[i]); });
@@ -111,7 +119,6 @@ inline float largest(Vec a) {
   for (float value : a.v) most = value > most ? value : most;
   return most;
 }
-inline void prefetch(const void*) {}
 
 }  // namespace
 }  // namespace bdk
