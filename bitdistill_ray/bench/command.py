@@ -47,10 +47,12 @@ def parser() -> argparse.ArgumentParser:
     decode = kinds.add_parser("decode", parents=[shared])
     decode.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
     decode.add_argument("--baseline", metavar="MODEL", help="another model, beside MODEL")
-    decode.add_argument("--formats", help="of random students (default nf3)")
+    decode.add_argument("--shape", metavar="NAME", help="random weights of a known shape, in place of MODEL")
+    decode.add_argument("--formats", help="of random students, or fp16 with --shape (default nf3)")
+    decode.add_argument("--cache", choices=("fp16", "int8"), default="fp16", help="of the native decoder")
     decode.add_argument("--batch", type=int, default=4, help="sequences, beside one alone (default 4)")
-    decode.add_argument("--prompt-tokens", type=int, default=64)
-    decode.add_argument("--new-tokens", type=int, default=16)
+    decode.add_argument("--prompt-tokens", type=int, default=128)
+    decode.add_argument("--new-tokens", type=int, default=32)
     decode.set_defaults(run=_decode)
 
     teacher = kinds.add_parser("teacher", parents=[shared])
@@ -120,19 +122,28 @@ def _kernels(options: argparse.Namespace) -> list[Row]:
 def _decode(options: argparse.Namespace) -> list[Row]:
     import torch
 
+    from bitdistill_kernels.decoder import CacheType
     from bitdistill_ray.bench import decode, kernels
     from bitdistill_ray.bench.limits import Place
     from bitdistill_ray.bench.models import Size
+    from bitdistill_ray.bench.subject import Load
 
     if options.model and options.formats:
         raise ConfigError("--formats", "given with MODEL, which has one", "Leave one of them away")
     if options.baseline and not options.model:
         raise ConfigError("--baseline", "given without MODEL", "Name the model to measure")
-    load = decode.Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+    if options.shape and options.model:
+        raise ConfigError("--shape", "given with MODEL", "Leave one of them away")
+    load = Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
+                cache=CacheType[options.cache.upper()])  # fmt: skip
     place = Place.of(torch.device(options.device), options.threads)
     if options.model:
         return decode.measure(options.model, options.baseline, load, place)
-    specs = [kernels.parse_format(name) for name in (options.formats or "nf3").split(",")]
+    names = (options.formats or "nf3").split(",")
+    if options.shape:
+        every = [None if name == "fp16" else kernels.parse_format(name) for name in names]
+        return decode.measure_shape(options.shape, every, load, place)
+    specs = [kernels.parse_format(name) for name in names]
     return decode.measure_random(specs, Size(), load, place)
 
 
