@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill_kernels.decoder import Activation, Layer, Linear, Model
+from bitdistill_ray.core import Granularity
 from bitdistill_ray.decode.cache import LayerKind, layer_kinds
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.families import Family, family_of, head_size
@@ -27,7 +28,8 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on t
 def native_model(model: Any, *, positions: int, activation_bits: int | None = None) -> Model:
     """The description of `model`, a causal LM of a supported family on the CPU, for up to `positions` positions.
 
-    `activation_bits` is that of packed weights whose spec leaves activations alone.
+    `activation_bits` is that of packed weights whose spec leaves activations alone: 8 gives each group of a token a
+    scale where the weight has groups.
     Raises ModelError for what the native decoder does not support, naming what it does.
     """
     config, family = model.config, family_of(model.config)
@@ -97,9 +99,11 @@ class _Reader:
         spec = getattr(module, "spec", None)
         if isinstance(module, PackedLinear):
             weight: Any = module.repacked()
-            bits = module.packed.spec.activation_bits or self.activation_bits
+            own = module.packed.spec
+            bits = own.activation_bits or self.activation_bits
+            per_group = own.activation_bits is None and bits is not None and own.granularity is Granularity.GROUP
         elif isinstance(module, nn.Linear) and (spec is None or (module.baked and spec.activation_bits is None)):
-            weight, bits = _on_cpu(module.weight), None
+            weight, bits, per_group = _on_cpu(module.weight), None, False
         else:
             kind = "latent quantised" if isinstance(module, QuantLinear) else type(module).__name__
             raise ModelError("native decoder", f"a {kind} linear", "It runs packed and plain linears: export it first")
@@ -109,6 +113,7 @@ class _Reader:
             norm=None if norm is None else norm.weight.detach().float(),
             norm_eps=0.0 if norm is None else norm.eps,
             activation_bits=bits,
+            activation_per_group=per_group,
         )
 
     def gain(self, norm: Any) -> Tensor:

@@ -52,3 +52,8 @@ def empty_like(array: ArrayT, shape: tuple[int, ...], dtype: str) -> ArrayT:
     else:
         made = made.new_empty(shape, dtype=getattr(__import__("torch"), dtype))
     return made  # type: ignore[no-any-return]
+
+
+def address_of(array: Array) -> int:
+    """Where its first element lies."""
+    return int(array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data)

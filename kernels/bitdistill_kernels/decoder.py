@@ -55,6 +55,8 @@ class Linear:
     norm_eps: float = 0.0
     activation_bits: int | None = None
     """Of a packed weight: 8, or None for fp32 activations."""
+    activation_per_group: bool = False
+    """int8 activations have a scale for each group of the weight, and not for each token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +87,7 @@ class Model:
     """A model; `angles` are pairs of cosines and sines, float32 [T, C / 2] each."""
 
     layers: Sequence[Layer]
-    embedding: Array
+    embedding: Weight | Array
     head: Linear
     last_norm: Array
     angles: Sequence[tuple[Array, Array]]
@@ -207,6 +209,7 @@ class _Description:
             rows=rows,
             columns=columns,
             activation_bits=linear.activation_bits or 0,
+            activation_per_group=linear.activation_per_group,
             bias=self._vector(linear.bias, rows, "bias"),
             norm_gain=self._vector(linear.norm, columns, "norm"),
             norm_eps=linear.norm_eps,

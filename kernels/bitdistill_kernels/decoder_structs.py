@@ -20,7 +20,7 @@ class LinearStruct(ctypes.Structure):
         ("bias", Pointer),
         ("norm_gain", Pointer),
         ("norm_eps", ctypes.c_float),
-        ("reserved", ctypes.c_int32),
+        ("activation_per_group", ctypes.c_int32),
     )
 
 

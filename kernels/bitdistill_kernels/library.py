@@ -14,7 +14,8 @@ from typing import TypedDict
 
 from bitdistill_ray.errors import KernelError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
+MAX_COLUMNS = 65536  # of one matrix: BDK_MAX_COLUMNS
 LIBRARY_NAME = "libbitdistill_kernels" + (".dylib" if sys.platform == "darwin" else ".so")
 
 Pointer = ctypes.c_void_p
@@ -40,6 +41,12 @@ class WeightDescription(ctypes.Structure):
     )
 
 
+class Product(ctypes.Structure):
+    """`bdk_product`."""
+
+    _fields_ = (("weight", Pointer), ("bias", Pointer), ("y", Pointer))
+
+
 _INT, _I32, _I64 = ctypes.c_int, ctypes.c_int32, ctypes.c_int64
 _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "bdk_abi_version": (_INT, ()),
@@ -47,8 +54,10 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "bdk_weight_create": (_INT, (ctypes.POINTER(WeightDescription), ctypes.POINTER(Pointer))),
     "bdk_weight_free": (None, (Pointer,)),
     "bdk_weight_bytes": (_I64, (Pointer,)),
-    "bdk_matmul": (_INT, (Pointer, Pointer, _I64, Pointer, _I32, Pointer)),
-    "bdk_quantize_activation": (_INT, (Pointer, _I64, _I64, Pointer, Pointer)),
+    "bdk_weight_rows": (_INT, (Pointer, Pointer, _I64, Pointer)),
+    "bdk_matmul": (_INT, (Pointer, Pointer, _I64, Pointer, _I32, _I64, Pointer)),
+    "bdk_matmul_shared": (_INT, (ctypes.POINTER(Product), _I64, Pointer, _I64, _I32, _I64)),
+    "bdk_quantize_activation": (_INT, (Pointer, _I64, _I64, _I64, Pointer, Pointer)),
     "bdk_instruction_set_count": (_INT, ()),
     "bdk_instruction_set_name": (ctypes.c_char_p, (_INT,)),
     "bdk_instruction_set_available": (_INT, (_INT,)),
@@ -62,6 +71,9 @@ _FUNCTIONS: dict[str, tuple[object, tuple[object, ...]]] = {
     "bdk_decoder_scratch_bytes": (_I64, (Pointer,)),
     "bdk_decoder_copy": (_INT, (Pointer, _I64, _I64, _I64)),
     "bdk_decoder_forward": (_INT, (Pointer, _I64, Pointer, Pointer, Pointer, Pointer, Pointer, Pointer)),
+    "bdk_read_ways": (_INT, ()),
+    "bdk_read": (ctypes.c_uint64, (Pointer, _I64, _INT)),
+    "bdk_multiply_add": (_I64, (_I64,)),
 }
 
 

@@ -31,7 +31,7 @@ typedef struct bdk_linear {
   const float* bias;      /* [rows], or null */
   const float* norm_gain; /* [columns]: an RMSNorm in front (SubLN), or null */
   float norm_eps;
-  int32_t reserved; /* 0 */
+  int32_t activation_per_group; /* int8 activations have a scale for each group of the weight, not for each token */
 } bdk_linear;
 
 /* RMSNorm gains are [hidden], but those of queries and keys [head_size]; they include what the family adds to them. */
@@ -51,7 +51,7 @@ typedef struct bdk_model {
   int64_t hidden, heads, key_heads, head_size, ffn, vocabulary;
   int64_t layer_count;
   const bdk_layer* layers;
-  bdk_linear embedding; /* [vocabulary, hidden]: dense */
+  bdk_linear embedding; /* [vocabulary, hidden]; no bias, no norm */
   bdk_linear head;      /* [vocabulary, hidden] */
   const float* last_norm;
   /* rope_count tables of [positions, head_size / 2] cosines and sines, one after the other */

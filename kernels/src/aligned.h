@@ -1,4 +1,4 @@
-// Memory aligned to a cache line.
+// Memory aligned to a cache line, for what is computed with for a moment.
 #pragma once
 
 #include <cstddef>

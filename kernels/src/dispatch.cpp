@@ -29,6 +29,14 @@ bool has_avx512_vnni() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512vnni");
 }
+
+bool has_avx512_vbmi() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
+
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAvxVnniBit = 1u << 4;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnniBit) != 0;
+}
 #endif
 
 bool always() { return true; }
@@ -40,7 +48,9 @@ struct Entry {
 
 const Entry kEntries[] = {
 #if defined(BDK_X86)
+    {&kAvx512Vbmi, has_avx512_vbmi},
     {&kAvx512Vnni, has_avx512_vnni},
+    {&kAvxVnni, has_avx_vnni},
     {&kAvx2, has_avx2},
 #endif
     {&kScalar, always},

@@ -46,6 +46,8 @@ constexpr FormatTraits kSeq2 = {
     Coding::kTwoBit, 2, false, 1, false, 1, 3, 0.25f, 0.5f, 0.0f, {-1.5f, -.5f, .5f, 1.5f, -1.5f, -.5f, .5f, 1.5f}};
 constexpr FormatTraits kSeqTernary = {
     Coding::kTwoBit, 2, false, 1, true, 0, 1, 2.0f / 3.0f, 2.0f / 3.0f, 0.0f, {-1, 0, 1, 0, -1, 0, 1, 0}};
+constexpr FormatTraits kInt4 = {Coding::kFourBit, 4, true, 1, false, 0, 0, 1.0f, 1.0f, 8.0f, {}};
+constexpr FormatTraits kInt8 = {Coding::kEightBit, 8, false, 1, false, 0, 128, 1.0f, 1.0f, 0.0f, {}};
 constexpr FormatTraits kLsq3 = {Coding::kThreeBit,           3, false, 1, false, 0, 4, 1.0f, 1.0f, 0.0f,
                                 {-4, -3, -2, -1, 0, 1, 2, 3}};
 
@@ -67,6 +69,10 @@ const FormatTraits* find_format(std::int32_t format) {
       return &kSeqTernary;
     case BDK_LSQ3:
       return &kLsq3;
+    case BDK_INT4:
+      return &kInt4;
+    case BDK_INT8:
+      return &kInt8;
     default:
       return nullptr;
   }
@@ -74,14 +80,17 @@ const FormatTraits* find_format(std::int32_t format) {
 
 void apply_format(const FormatTraits& traits, TileLayout* layout) {
   layout->coding = traits.coding;
-  layout->step_columns = traits.code_bits == 2 ? 16 : 32;
-  layout->step_bytes = traits.code_bits == 2 ? kPlaneBytes : 3 * kPlaneBytes;
+  layout->step_columns = traits.code_bits == 3 ? 32 : 16;
+  layout->step_bytes = layout->step_columns * traits.code_bits * kTileRows / 8;
   layout->code_shift = traits.code_shift;
   layout->fixed_zero = traits.fixed_zero;
   layout->integer_factor = traits.integer_factor;
   layout->float_factor = traits.float_factor;
   layout->float_center = traits.float_center;
-  std::memcpy(layout->float_levels, traits.float_levels, sizeof layout->float_levels);
+  for (int code = 0; code < 16; ++code) {
+    const float level = traits.float_levels[code % 8];
+    layout->float_levels[code] = traits.coding == Coding::kFourBit ? static_cast<float>(code - 8) : level;
+  }
   std::memcpy(layout->positive_levels, kNf3Positive, sizeof layout->positive_levels);
   std::memcpy(layout->negative_levels, kNf3Negative, sizeof layout->negative_levels);
   layout->positive_factor = 1.0f / kPositiveDenominator;

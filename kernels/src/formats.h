@@ -18,7 +18,7 @@ struct FormatTraits {
   float integer_factor;
   float float_factor;
   float float_center;
-  float float_levels[8];
+  float float_levels[8];  // of 2- and 3-bit codes
 };
 
 // Null for a value that is not in enum bdk_format.

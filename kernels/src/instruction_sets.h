@@ -9,7 +9,9 @@ namespace bdk {
 extern const InstructionSet kScalar;
 #if defined(BDK_X86)
 extern const InstructionSet kAvx2;        // AVX2, FMA, F16C
+extern const InstructionSet kAvxVnni;     // those and AVX-VNNI
 extern const InstructionSet kAvx512Vnni;  // AVX512 F, BW, DQ, VL, VNNI
+extern const InstructionSet kAvx512Vbmi;  // those and VBMI
 #endif
 
 }  // namespace bdk

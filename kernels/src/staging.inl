@@ -11,13 +11,13 @@
 namespace bdk {
 namespace {
 
-inline std::uint32_t float_bits(float value) {
+BDK_INLINE std::uint32_t float_bits(float value) {
   std::uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float bits_float(std::uint32_t bits) {
+BDK_INLINE float bits_float(std::uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
@@ -66,20 +66,24 @@ inline std::int32_t quantize_values(const float* x, std::int32_t columns, float 
   return sum;
 }
 
-float quantize_token(const TileLayout& layout, const float* x, std::int8_t* values, std::int32_t* sums) {
-  const float peak = token_peak(x, layout.columns);
-  if (peak != peak) {
-    std::memset(values, 0, static_cast<std::size_t>(layout.padded_columns()));
-    std::memset(sums, 0, static_cast<std::size_t>(layout.groups) * sizeof(std::int32_t));
-    return peak;
-  }
-  const float inverse = 127.0f / peak;
+void quantize_token(const TileLayout& layout, const float* x, bool grouped, std::int8_t* values, std::int32_t* sums,
+                    float* scales) {
+  float peak = grouped ? 0.0f : token_peak(x, layout.columns);
+  if (!grouped) scales[0] = peak / 127.0f;
   for_each_group(layout, [&](std::int32_t first, std::int32_t columns, std::int64_t padded, std::int32_t width,
                              std::int32_t group) {
-    sums[group] = quantize_values(x + first, columns, inverse, values + padded);
+    if (grouped) {
+      peak = token_peak(x + first, columns);
+      scales[group] = peak / 127.0f;
+    }
+    if (peak != peak) {  // the scale is NaN, and so will be the product
+      std::memset(values + padded, 0, static_cast<std::size_t>(width));
+      sums[group] = 0;
+      return;
+    }
+    sums[group] = quantize_values(x + first, columns, 127.0f / peak, values + padded);
     std::memset(values + padded + columns, 0, static_cast<std::size_t>(width - columns));
   });
-  return peak / 127.0f;
 }
 
 void stage_token(const TileLayout& layout, const float* x, float* values, float* sums) {

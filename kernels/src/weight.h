@@ -3,16 +3,17 @@
 
 #include <cstdint>
 
-#include "aligned.h"
 #include "bitdistill_kernels.h"
 #include "layout.h"
+#include "weight_memory.h"
 
 struct bdk_weight {
   bdk::TileLayout layout;
   std::int64_t rows = 0;
+  std::int64_t group_size = 0;  // 0: a scale per row or tensor
   std::int64_t tiles = 0;
   std::int64_t tile_bytes = 0;
-  bdk::AlignedBytes bytes;
+  bdk::WeightBytes bytes;
 
   const std::uint8_t* tile(std::int64_t index) const { return bytes.get() + index * tile_bytes; }
 };

@@ -22,13 +22,17 @@ struct Case {
   std::int64_t rows, columns, group_size, tokens;
 };
 
-int bits_of(int format) { return format == BDK_INT3 || format == BDK_NF3 || format == BDK_LSQ3 ? 3 : 2; }
-bool has_zeros(int format) { return format == BDK_INT2 || format == BDK_INT3; }
+int bits_of(int format) {
+  if (format == BDK_INT4) return 4;
+  if (format == BDK_INT8) return 8;
+  return format == BDK_INT3 || format == BDK_NF3 || format == BDK_LSQ3 ? 3 : 2;
+}
+bool has_zeros(int format) { return format == BDK_INT2 || format == BDK_INT3 || format == BDK_INT4; }
 bool is_ternary(int format) { return format == BDK_TERNARY || format == BDK_SEQ_TERNARY; }
 std::int64_t ceil_div(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
 
 std::int64_t packed_bytes(std::int64_t codes, int bits) {
-  return ceil_div(2 * codes, 8) + (bits == 3 ? ceil_div(codes, 8) : 0);
+  return bits == 3 ? ceil_div(2 * codes, 8) + ceil_div(codes, 8) : ceil_div(bits * codes, 8);
 }
 
 struct Problem {
@@ -44,6 +48,7 @@ struct Problem {
     for (std::uint8_t& byte : codes) {
       byte = static_cast<std::uint8_t>((*random)());
       if (is_ternary(c.format)) byte &= static_cast<std::uint8_t>(~((byte & 0x55u) << 1));  // no code 3
+      if (c.format == BDK_INT8 && byte == 0) byte = 1;
     }
     const std::int64_t scale_count = scaled_rows * groups * (c.format == BDK_NF3 ? 2 : 1);
     scales.resize(static_cast<std::size_t>(scale_count * (c.scale_type == BDK_FP32 ? 4 : 2)));
@@ -90,9 +95,11 @@ void expect(bool holds, const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
 }
 
-std::vector<float> multiply(const bdk_weight* weight, const Problem& problem, const Case& c, int activation_bits) {
+std::vector<float> multiply(const bdk_weight* weight, const Problem& problem, const Case& c, int activation_bits,
+                            std::int64_t activation_group = 0) {
   std::vector<float> y(static_cast<std::size_t>(c.tokens * c.rows));
-  const int status = bdk_matmul(weight, problem.x.data(), c.tokens, problem.bias.data(), activation_bits, y.data());
+  const int status =
+      bdk_matmul(weight, problem.x.data(), c.tokens, problem.bias.data(), activation_bits, activation_group, y.data());
   expect(status == BDK_OK, bdk_status_text(status));
   return y;
 }
@@ -123,17 +130,19 @@ void check_case(const Case& c, std::mt19937* random) {
   if (weight == nullptr) return;
   check_short_buffers(problem.description);
   const int scalar = bdk_instruction_set_count() - 1;
-  for (const int activation_bits : {0, 8}) {
+  const std::int64_t group = c.granularity == BDK_PER_GROUP ? c.group_size : 0;
+  for (const auto& [activation_bits, activation_group] : {std::pair<int, std::int64_t>{0, 0}, {8, 0}, {8, group}}) {
     bdk_instruction_set_choose(scalar);
-    const std::vector<float> expected = multiply(weight, problem, c, activation_bits);
+    const std::vector<float> expected = multiply(weight, problem, c, activation_bits, activation_group);
     for (int set = 0; set < scalar; ++set) {
       if (!bdk_instruction_set_available(set)) continue;
       bdk_instruction_set_choose(set);
-      const std::vector<float> y = multiply(weight, problem, c, activation_bits);
+      const std::vector<float> y = multiply(weight, problem, c, activation_bits, activation_group);
       float worst = 0.0f;
       for (std::size_t i = 0; i < y.size(); ++i) worst = std::fmax(worst, std::fabs(y[i] - expected[i]));
       const bool same = std::memcmp(y.data(), expected.data(), y.size() * sizeof(float)) == 0;
-      const float bound = 1e-5f * static_cast<float>(c.columns) + 1e-4f;
+      const float unit = c.format == BDK_INT8 ? 64.0f : c.format == BDK_INT4 ? 8.0f : 1.0f;
+      const float bound = unit * (1e-5f * static_cast<float>(c.columns) + 1e-4f);
       expect(activation_bits == 8 ? same : worst < bound, name + " on " + bdk_instruction_set_name(set));
     }
   }
@@ -165,7 +174,7 @@ int main() {
   const std::int64_t group_sizes[] = {8, 24, 100, 128};
   int cases = 0;
   bdk_set_threads(3);
-  for (int format = BDK_TERNARY; format <= BDK_LSQ3; ++format) {
+  for (int format = BDK_TERNARY; format <= BDK_INT8; ++format) {
     for (const auto& shape : shapes) {
       for (const int scale_type : {BDK_FP16, BDK_FP32}) {
         for (const int granularity : {BDK_PER_TENSOR, BDK_PER_ROW}) {

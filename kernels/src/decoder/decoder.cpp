@@ -55,10 +55,10 @@ int bdk_decoder::copy(std::int64_t from, std::int64_t to, std::int64_t tokens) {
 }
 
 int bdk_decoder::run(const std::int64_t* ids, float** logits) {
-  if (!activations_.reserve(model_.sizes(), bdk::tokens_of(batch_))) return BDK_NO_MEMORY;
-  int status = bdk::run_layers(model_, cache_, batch_, ids, &activations_);
+  if (!workspace_.reserve(model_.sizes(), bdk::tokens_of(batch_))) return BDK_NO_MEMORY;
+  int status = bdk::run_layers(model_, cache_, batch_, ids, &workspace_);
   if (status == BDK_OK && !wanted_rows_.empty()) {
-    status = bdk::write_logits(model_, wanted_rows_, &activations_, *logits);
+    status = bdk::write_logits(model_, wanted_rows_, &workspace_, *logits);
     *logits += static_cast<std::int64_t>(wanted_rows_.size()) * model_.sizes().vocabulary;
   }
   batch_.clear();

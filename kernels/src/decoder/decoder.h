@@ -4,10 +4,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "activations.h"
 #include "batch.h"
 #include "kv_cache.h"
 #include "model.h"
+#include "workspace.h"
 
 namespace bdk {
 
@@ -34,7 +34,7 @@ struct bdk_decoder {
   int forward(const bdk::Request& request);
   int copy(std::int64_t from, std::int64_t to, std::int64_t tokens);
   std::int64_t cache_bytes() const { return cache_.bytes(); }
-  std::int64_t scratch_bytes() const { return activations_.bytes(); }
+  std::int64_t scratch_bytes() const { return workspace_.bytes(); }
 
  private:
   bool in_range(const bdk::Request& request) const;
@@ -42,7 +42,7 @@ struct bdk_decoder {
 
   bdk::Model model_;
   bdk::KvCache cache_;
-  bdk::Activations activations_;
+  bdk::Workspace workspace_;
   bdk::Batch batch_;
   std::vector<std::int64_t> wanted_rows_;
 };

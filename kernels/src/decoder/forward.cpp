@@ -1,9 +1,8 @@
 #include "forward.h"
 
-#include <cstring>
-
 #include "attention.h"
 #include "linear.h"
+#include "rows.h"
 #include "thread_pool.h"
 #include "vector_ops.h"
 
@@ -14,28 +13,31 @@ constexpr std::int64_t kGateWork = 16;  // multiply-adds that one gate costs
 
 class Pass {
  public:
-  Pass(const Model& model, const KvCache& cache, const Batch& batch, Activations* activations)
-      : model_(model), sizes_(model.sizes()), cache_(cache), batch_(batch), at_(*activations) {}
+  Pass(const Model& model, const KvCache& cache, const Batch& batch, Workspace* workspace)
+      : model_(model), sizes_(model.sizes()), cache_(cache), batch_(batch), at_(*workspace) {}
 
   void embed(const std::int64_t* ids) {
-    const std::int64_t width = sizes_.embedding.value_type == BDK_VALUE_FP32 ? 4 : 2;
-    const auto type = static_cast<bdk_value_type>(sizes_.embedding.value_type);
-    const auto* table = static_cast<const std::uint8_t*>(sizes_.embedding.dense);
+    const bdk_linear& table = sizes_.embedding;
     const std::int64_t size = sizes_.hidden;
+    if (table.packed != nullptr) {
+      dequantize_rows(*table.packed, ids, tokens_, at_.residual);
+      vector_ops().widen(BDK_VALUE_FP32, at_.residual, tokens_ * size, sizes_.embedding_scale, at_.residual);
+      return;
+    }
+    const auto* values = static_cast<const std::uint8_t*>(table.dense);
+    const std::int64_t row_bytes = size * (table.value_type == BDK_VALUE_FP32 ? 4 : 2);
     for (std::int64_t token = 0; token < tokens_; ++token)
-      vector_ops().widen(type, table + ids[token] * size * width, size, sizes_.embedding_scale,
-                         at_.residual + token * size);
+      vector_ops().widen(static_cast<bdk_value_type>(table.value_type), values + ids[token] * row_bytes, size,
+                         sizes_.embedding_scale, at_.residual + token * size);
   }
 
   int attention(std::int64_t index) {
     const bdk_layer& layer = model_.layers()[static_cast<std::size_t>(index)];
     norm(at_.residual, layer.attention_norm, at_.normed);
-    int status = apply(layer.query, at_.normed, at_.query);
-    if (status == BDK_OK) status = apply(layer.key, at_.normed, at_.key);
-    if (status == BDK_OK) status = apply(layer.value, at_.normed, at_.value);
+    int status = apply({{layer.query, at_.query}, {layer.key, at_.key}, {layer.value, at_.value}}, at_.normed);
     if (status == BDK_OK)
       status = attend_layer(model_, cache_, index, batch_, at_.query, at_.key, at_.value, at_.attended);
-    if (status == BDK_OK) status = apply(layer.output, at_.attended, at_.added);
+    if (status == BDK_OK) status = apply({{layer.output, at_.added}}, at_.attended);
     if (status == BDK_OK) add(layer.attention_out_norm);
     return status;
   }
@@ -43,14 +45,13 @@ class Pass {
   int mlp(std::int64_t index) {
     const bdk_layer& layer = model_.layers()[static_cast<std::size_t>(index)];
     norm(at_.residual, layer.ffn_norm, at_.normed);
-    int status = apply(layer.gate, at_.normed, at_.gate);
-    if (status == BDK_OK) status = apply(layer.up, at_.normed, at_.up);
+    int status = apply({{layer.gate, at_.gate}, {layer.up, at_.up}}, at_.normed);
     if (status != BDK_OK) return status;
     const std::int64_t size = tokens_ * sizes_.ffn;
     parallel(size, size * kGateWork, [&](std::int64_t begin, std::int64_t end) {
       vector_ops().gate(static_cast<bdk_activation>(sizes_.activation), at_.gate + begin, at_.up + begin, end - begin);
     });
-    status = apply(layer.down, at_.gate, at_.added);
+    status = apply({{layer.down, at_.added}}, at_.gate);
     if (status == BDK_OK) add(layer.ffn_out_norm);
     return status;
   }
@@ -60,8 +61,8 @@ class Pass {
     norm_tokens(x, tokens_, sizes_.hidden, gain, sizes_.norm_eps, out);
   }
 
-  int apply(const bdk_linear& linear, const float* x, float* y) {
-    return apply_linear(linear, x, tokens_, at_.scratch, y);
+  int apply(std::initializer_list<LinearOutput> outputs, const float* x) {
+    return apply_linears(outputs, x, tokens_, at_.scratch);
   }
 
   // Adds what a block gave to the residual stream, normed first where the family does so.
@@ -77,15 +78,15 @@ class Pass {
   const bdk_model& sizes_;
   const KvCache& cache_;
   const Batch& batch_;
-  Activations& at_;
+  Workspace& at_;
   std::int64_t tokens_ = tokens_of(batch_);
 };
 
 }  // namespace
 
 int run_layers(const Model& model, const KvCache& cache, const Batch& batch, const std::int64_t* ids,
-               Activations* activations) {
-  Pass pass(model, cache, batch, activations);
+               Workspace* workspace) {
+  Pass pass(model, cache, batch, workspace);
   pass.embed(ids);
   for (std::int64_t layer = 0; layer < model.sizes().layer_count; ++layer) {
     int status = pass.attention(layer);
@@ -95,13 +96,13 @@ int run_layers(const Model& model, const KvCache& cache, const Batch& batch, con
   return BDK_OK;
 }
 
-int write_logits(const Model& model, const std::vector<std::int64_t>& rows, Activations* activations, float* logits) {
+int write_logits(const Model& model, const std::vector<std::int64_t>& rows, Workspace* workspace, float* logits) {
   const bdk_model& sizes = model.sizes();
   const auto count = static_cast<std::int64_t>(rows.size());
   for (std::int64_t index = 0; index < count; ++index)
-    vector_ops().rms_norm(activations->residual + rows[static_cast<std::size_t>(index)] * sizes.hidden, sizes.last_norm,
-                          sizes.hidden, sizes.norm_eps, activations->normed + index * sizes.hidden);
-  const int status = apply_linear(sizes.head, activations->normed, count, activations->scratch, logits);
+    vector_ops().rms_norm(workspace->residual + rows[static_cast<std::size_t>(index)] * sizes.hidden, sizes.last_norm,
+                          sizes.hidden, sizes.norm_eps, workspace->normed + index * sizes.hidden);
+  const int status = apply_linears({{sizes.head, logits}}, workspace->normed, count, workspace->scratch);
   if (status != BDK_OK || !(sizes.soft_cap > 0.0f)) return status;
   const std::int64_t size = count * sizes.vocabulary;
   parallel(size, size * kGateWork, [&](std::int64_t begin, std::int64_t end) {

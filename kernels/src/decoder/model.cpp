@@ -28,8 +28,7 @@ int Model::check(const bdk_model& model) {
   if (model.layers == nullptr || model.last_norm == nullptr || model.cosines == nullptr || model.sines == nullptr)
     return BDK_BAD_ARGUMENT;
   if (model.activation != BDK_SILU && model.activation != BDK_GELU_TANH) return BDK_BAD_ARGUMENT;
-  if (model.embedding.packed != nullptr || !linear_fits(model.embedding, model.vocabulary, model.hidden))
-    return BDK_BAD_SHAPE;
+  if (!linear_fits(model.embedding, model.vocabulary, model.hidden)) return BDK_BAD_SHAPE;
   if (!linear_fits(model.head, model.vocabulary, model.hidden)) return BDK_BAD_SHAPE;
   for (std::int64_t index = 0; index < model.layer_count; ++index)
     if (!layer_fits(model, model.layers[index])) return BDK_BAD_SHAPE;

@@ -7,7 +7,7 @@
 namespace bdk {
 
 // Rows of every buffer are tokens; the sizes of a row are beside them.
-struct Activations {
+struct Workspace {
   float* residual;  // hidden
   float* normed;    // hidden
   float* query;     // heads x size

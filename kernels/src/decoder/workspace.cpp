@@ -1,11 +1,11 @@
-#include "activations.h"
+#include "workspace.h"
 
 #include <algorithm>
 #include <initializer_list>
 
 namespace bdk {
 
-bool Activations::reserve(const bdk_model& model, std::int64_t tokens) {
+bool Workspace::reserve(const bdk_model& model, std::int64_t tokens) {
   const std::int64_t queries = model.heads * model.head_size, keys = model.key_heads * model.head_size;
   const std::int64_t widest = std::max({model.hidden, queries, model.ffn});
   const struct {
