@@ -3,6 +3,10 @@
 The model's own modules compute; this file only decides which rows of the cache they see.  It runs the base model and
 applies the head to the last token of each sequence alone, so that a prefill never makes [T, V] logits.  On a GPU, steps
 are replayed from CUDA graphs (`step_graphs.py`).
+
+A slot that was freed keeps its tokens and their keys and values until it is given away.  A prompt that begins as they
+do takes such a slot over where most of it serves, and else a copy of the common part, also from a slot that still runs:
+copying a token costs a few kilobytes of memory traffic, computing it a pass over the model.
 """
 
 from __future__ import annotations
@@ -26,11 +30,19 @@ MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take an additiv
 
 @dataclass(slots=True)
 class _Sequence:
-    """The state of one slot: its prompt and how many of its tokens the cache holds."""
+    """The state of one slot: its tokens, of which `prompt` are to be read, and how many of them the cache holds."""
 
-    prompt: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prompt: int = 0
     length: int = 0
     live: bool = False
+    freed: int = 0  # when, in calls of `free`
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens of the cache are the first ones of `ids`."""
+        held = self.tokens[: self.length]
+        most = min(len(held), len(ids))
+        return next((i for i, (own, other) in enumerate(zip(held, ids, strict=False)) if own != other), most)
 
 
 class TorchDecoder:
@@ -56,6 +68,7 @@ class TorchDecoder:
         replayed = (self._device.type == "cuda" and len(devices) == 1) if graphs is None else graphs
         self._graphs = StepGraphs(self._cache, self._run) if replayed else None
         self._sequences = [_Sequence() for _ in range(slots)]
+        self._freed = 0
         self._row_of_slot = list(range(slots))
         self._slot_of_row = list(range(slots))
 
@@ -91,7 +104,7 @@ class TorchDecoder:
     def device(self) -> torch.device:
         return self._device
 
-    def admit(self, ids: Sequence[int]) -> int:
+    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
         if not ids:
             raise ModelError("prompt", "has no tokens", "Give at least one token, such as the model's bos token")
         if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
@@ -100,36 +113,56 @@ class TorchDecoder:
         if len(ids) >= self.slot_tokens:
             raise CapacityError("prompt", f"{len(ids)} tokens leave no room in a slot of {self.slot_tokens}",
                                 "Shorten the prompt, or load the decoder with a larger slot_tokens")  # fmt: skip
-        for slot in self._slot_of_row:  # the lowest free row keeps the live rows together
-            if not self._sequences[slot].live:
-                self._sequences[slot] = _Sequence(list(ids), live=True)
-                return slot
-        raise CapacityError(
-            "decoder", f"all {self.slots} slots are taken", "Free one first, or load it with more slots"
-        )
+        if not self.free_slots:
+            raise CapacityError(
+                "decoder", f"all {self.slots} slots are taken", "Free one first, or load it with more slots"
+            )
+        slot, held = self._place(ids[: min(reuse, len(ids) - 1)])
+        self._sequences[slot] = _Sequence(list(ids), prompt=len(ids), length=held, live=True)
+        return slot
+
+    def _place(self, prefix: Sequence[int]) -> tuple[int, int]:
+        """A free slot, and how many tokens of `prefix` it holds now."""
+        free = [slot for slot in self._slot_of_row if not self._sequences[slot].live]
+        if not prefix:
+            return free[0], 0  # the lowest free row keeps the live rows together
+        oldest = min(free, key=lambda slot: self._sequences[slot].freed)
+        shared, _, donor = max((s.shared(prefix), not s.live, slot) for slot, s in enumerate(self._sequences))
+        if donor in free and (2 * shared > self.length(donor) or len(free) == 1):
+            return donor, shared
+        if shared:
+            self._cache.copy(self._row_of_slot[donor], self._row_of_slot[oldest], shared)
+        return oldest, shared
 
     def pending(self, slot: int) -> int:
-        return max(0, len(self._sequences[slot].prompt) - self._sequences[slot].length)
+        return max(0, self._sequences[slot].prompt - self._sequences[slot].length)
 
     def length(self, slot: int) -> int:
         return self._sequences[slot].length
 
     def free(self, slot: int) -> None:
-        self._sequences[slot] = _Sequence()
+        sequence = self._sequences[slot]
+        self._freed += 1
+        sequence.live, sequence.freed = False, self._freed
 
     def prefill(self, slots: Sequence[int], max_tokens: int) -> list[Tensor | None]:
-        self._check(slots, pending=True)
-        chunks = []
-        for slot in slots:
-            sequence = self._sequences[slot]
-            chunks.append(sequence.prompt[sequence.length : sequence.length + max_tokens])
-        last_BD = self._forward(slots, chunks)
+        chunks = self._chunks(slots, max_tokens)
+        last_BD = self._last(slots, chunks)
         ready = [i for i, slot in enumerate(slots) if not self.pending(slot)]
         logits: list[Tensor | None] = [None] * len(slots)
         if ready:
             for i, logits_V in zip(ready, self._logits(last_BD[ready]), strict=True):
                 logits[i] = logits_V
         return logits
+
+    def read(self, slot: int, max_tokens: int) -> Tensor:
+        hidden_1TD, _ = self._forward([slot], self._chunks([slot], max_tokens))
+        return self._logits(hidden_1TD[0])
+
+    def _chunks(self, slots: Sequence[int], max_tokens: int) -> list[list[int]]:
+        self._check(slots, pending=True)
+        sequences = [self._sequences[slot] for slot in slots]
+        return [s.tokens[s.length : min(s.length + max_tokens, s.prompt)] for s in sequences]
 
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         self._check(slots, pending=False)
@@ -141,8 +174,11 @@ class TorchDecoder:
                     "Finish the sequence there, or load the decoder with a larger slot_tokens",
                 )
         self._bring_together(slots)
+        for slot, token in zip(slots, tokens, strict=True):
+            sequence = self._sequences[slot]
+            sequence.tokens[sequence.length :] = [token]
         if self._graphs is None:
-            return self._logits(self._forward(slots, [[token] for token in tokens]))
+            return self._logits(self._last(slots, [[token] for token in tokens]))
         logits_BV = self._graphs([self._row_of_slot[slot] for slot in slots], [self.length(s) for s in slots], tokens)
         for slot in slots:
             self._sequences[slot].length += 1
@@ -168,9 +204,14 @@ class TorchDecoder:
             self._row_of_slot[slot], self._row_of_slot[other] = hole, row
             self._slot_of_row[hole], self._slot_of_row[row] = slot, other
 
+    def _last(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
+        """`_forward`, and of each slot the output at its chunk's last token, [B, D]."""
+        hidden_BTD, rows = self._forward(slots, chunks)
+        return hidden_BTD[rows, [len(chunk) - 1 for chunk in chunks]]
+
     @torch.inference_mode()
-    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
-        """Append `chunks[i]` to `slots[i]`; returns the base model's output at each chunk's last token, [B, D]."""
+    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """Append `chunks[i]` to `slots[i]`; returns the base model's output and which of its rows is slot i's."""
         order = sorted(range(len(slots)), key=lambda i: self._row_of_slot[slots[i]])
         counts = [len(chunks[i]) for i in order]
         width = max(counts)
@@ -182,8 +223,7 @@ class TorchDecoder:
         for slot, chunk in zip(slots, chunks, strict=True):
             self._sequences[slot].length += len(chunk)
         place = {i: at for at, i in enumerate(order)}  # from the caller's order to the order of rows
-        asked = [place[i] for i in range(len(slots))]
-        return hidden_BTD[asked, [counts[at] - 1 for at in asked]]
+        return hidden_BTD, [place[i] for i in range(len(slots))]
 
     def _hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Any) -> Tensor:
         hidden_BTD: Tensor = self._base(
