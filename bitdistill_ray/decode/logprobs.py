@@ -23,6 +23,10 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
+    def cut(self, top: int) -> TokenLogprob:
+        """The same with fewer alternatives."""
+        return TokenLogprob(self.token, self.logprob, self.top[:top])
+
 
 def token_logprobs(logits_TV: Tensor, tokens: Sequence[int], top: int = 0) -> list[TokenLogprob]:
     """The log-probability of each of `tokens` under its row of fp32 logits, beside the `top` likeliest."""

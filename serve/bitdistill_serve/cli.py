@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 from bitdistill_ray import env
 from bitdistill_ray.errors import BitdistillError, ServeError
+from bitdistill_serve import keys
 from bitdistill_serve.options import ServeOptions
 
 OBJECT_STORE_BYTES = 128 << 20  # Serve moves requests, not tensors
@@ -24,7 +25,10 @@ APPLICATION = "bitdistill"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 after Ctrl-C, 2 after an error that the user can mend."""
-    args = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["key"]:
+        return keys.main(arguments[1:])
+    args = _parser().parse_args(arguments)
     host, port = args.host, args.port
     given = {name: value for name in ServeOptions.model_fields if (value := getattr(args, name)) is not None}
     try:

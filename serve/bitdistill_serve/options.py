@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bitdistill_ray.errors import ServeError
 
@@ -33,15 +33,46 @@ class ServeOptions(BaseModel):
     """Generations that may wait for a slot; more are answered with 429."""
     prefill_tokens: int = Field(256, ge=1)
     """Prompt tokens read between two tokens of the running sequences."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """The longest prompt; empty: as long as its slot allows."""
+    max_output_tokens: int | None = Field(None, ge=1)
+    """The longest answer, whatever a request asks for; empty: as long as its slot allows."""
+    concurrency: int | None = Field(None, ge=1)
+    """Generations that one client (an API key, without keys an address) may have at a time; empty: no limit."""
+    queue_s: float = Field(60.0, gt=0)
+    """Seconds that a request may wait for a slot; then it is answered with 503."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Seconds that a request may take in all; a replica that is to stop waits as long for its streams."""
+    body_bytes: int = Field(4 << 20, ge=1)
+    """The largest body of a request; more is answered with 413."""
+    body_s: float = Field(30.0, gt=0)
+    """Seconds in which a body must have come; then 408."""
+    keys: str = ""
+    """A file of API keys (`bitdistill serve key` makes one); empty: anybody may ask."""
+    min_replicas: int = Field(1, ge=0)
+    """Replicas that Ray Serve keeps."""
+    max_replicas: int = Field(1, ge=1)
+    """Replicas that Ray Serve may start, as requests come."""
 
     @property
     def served_name(self) -> str:
         """The model's id in the API."""
         return self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
+    @property
+    def limit(self) -> int:
+        """Generations that a replica takes at a time, with and without a slot."""
+        return self.slots + self.queue
+
+    @model_validator(mode="after")
+    def _replicas_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is more than max_replicas {self.max_replicas}")
+        return self
+
     @classmethod
     def parse(cls, args: Mapping[str, object]) -> ServeOptions:
-        """Read `key=value` arguments (texts or values); a local model path becomes absolute.
+        """Read `key=value` arguments (texts or values); local paths become absolute.
 
         Raises ServeError naming the key, and the nearest known one where it is unknown.
         """
@@ -49,12 +80,14 @@ class ServeOptions(BaseModel):
             options = cls.model_validate(dict(args))
         except ValidationError as error:
             raise cls._one_line(error) from None
-        local = Path(options.model).expanduser()
-        return options.model_copy(update={"model": str(local.resolve())}) if local.exists() else options
+        paths = {name: _absolute(getattr(options, name)) for name in ("model", "keys")}
+        return options.model_copy(update=paths)
 
     @classmethod
     def _one_line(cls, error: ValidationError) -> ServeError:
         first = error.errors()[0]
+        if not first["loc"]:
+            return ServeError("options", str(first["ctx"]["error"]), "Give other values")
         key = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, cls.model_fields, 1, cutoff=0.5)
@@ -63,3 +96,8 @@ class ServeOptions(BaseModel):
         if first["type"] == "missing":
             return ServeError(key, "is not given", f"Add {key}=…, such as {key}=runs/demo/packed")
         return ServeError(key, f"{first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}", "Give another value")
+
+
+def _absolute(path: str) -> str:
+    local = Path(path).expanduser()
+    return str(local.resolve()) if path and local.exists() else path

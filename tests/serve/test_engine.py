@@ -14,8 +14,12 @@ from torch import Tensor
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError, ServeError
-from bitdistill_serve.batch import Batch, End, Generation, Piece
-from bitdistill_serve.engine import Engine, EngineStoppedError, QueueFullError, Status, Stream
+from bitdistill_serve.batch import Batch
+from bitdistill_serve.engine import Engine, Status, Stream
+from bitdistill_serve.errors import EngineStoppedError, QueueFullError
+from bitdistill_serve.generation import End, Generation, Piece
+from bitdistill_serve.metrics import Metrics
+from bitdistill_serve.options import ServeOptions
 from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
 from tests.tiny_models import tiny_tokenizer
 
@@ -52,7 +56,10 @@ def decoder(slots: int, *, slot_tokens: int = 256) -> FaultyDecoder:
 
 @asynccontextmanager
 async def running(decoder: TorchDecoder, *, queue: int = 16, prefill_tokens: int = 8) -> AsyncIterator[Engine]:
-    engine = Engine(decoder, tiny_tokenizer(), stop_ids=frozenset({EOS_ID}), queue=queue, prefill_tokens=prefill_tokens)
+    options = ServeOptions(model="tiny", queue=queue, prefill_tokens=prefill_tokens)
+    engine = Engine(
+        decoder, tiny_tokenizer(), options, stop_ids=frozenset({EOS_ID}), metrics=Metrics("tiny", {"decoder": "torch"})
+    )
     engine.start()
     yield engine
     await engine.stop()
