@@ -142,5 +142,9 @@ def _step_bytes(source: str, model: Any) -> tuple[int, str | None]:
     if not PackedFolder.is_packed(place):
         return model_sizes(model).bytes - untied, None
     folder = PackedFolder.open(place)
-    formats = {entry.spec.format.value for entry in folder.manifest.packed.values()}
-    return packed_sizes(folder).bytes - untied, "+".join(sorted(formats))
+    return packed_sizes(folder).bytes - untied, format_of(folder)
+
+
+def format_of(folder: PackedFolder) -> str:
+    """The format of a packed student, or those that it mixes."""
+    return "+".join(sorted({entry.spec.format.value for entry in folder.manifest.packed.values()}))

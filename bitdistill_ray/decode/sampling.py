@@ -1,8 +1,9 @@
 """From logits to tokens: what is allowed, biases, penalties, temperature, top-k, top-p, min-p, a seed for each request.
 
 A pure function of logits and history.  The order is the one of transformers and vLLM: the tokens that a grammar allows,
-biases, penalties, temperature, top-k, top-p (of what top-k left), min-p.  A row's draw is by inversion: with u uniform in [0, 1) and P the cumulative sum of
-the kept probabilities in the order of the vocabulary, the token is the first whose P exceeds u * P_total.
+biases, penalties, temperature, top-k, top-p (of what top-k left), min-p.  A row's draw is by inversion: with u uniform
+in [0, 1) and P the cumulative sum of the kept probabilities in the order of the vocabulary, the token is the first
+whose P exceeds u * P_total.
 
 The uniform number is a hash of (seed, index of the token), not the state of a generator (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", 2011).  So a sequence's text depends on its own seed and logits, never on what

@@ -27,22 +27,30 @@ from bitdistill_serve.replies import ChatCompletion, Classification, Completion,
 from bitdistill_serve.requests import ChatCompletionRequest, ClassifyRequest, CompletionRequest, GenerationRequest
 from bitdistill_serve.service import Service
 
-REFUSALS = {401: "no valid API key", 404: "no such model", 408: "the body came too slowly", 413: "the body is too large",
-            415: "not JSON", 429: "the queue is full, or a rate is used up", 431: "too many headers",
-            500: "a bug, or a decoder that failed", 503: "no slot in time, or the engine has ended",
-            504: "it took too long"}  # fmt: skip
+REFUSALS = {
+    400: "a parameter is wrong",
+    401: "no valid API key",
+    404: "no such model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "not JSON",
+    429: "the queue is full, or a rate is used up",
+    431: "too many headers",
+    500: "a bug, or a decoder that failed",
+    503: "no slot in time, or the engine has ended",
+    504: "it took too long",
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its stream"}
 }
 
 
 def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    known = REFUSALS | {400: "a parameter is wrong", 422: "(never; 400 is)"}
-    return {status: {"model": ErrorBody, "description": known[status]} for status in statuses}
+    return {status: {"model": ErrorBody, "description": REFUSALS[status]} for status in statuses}
 
 
 GET_REFUSALS = _refusals(401, 404, 429, 431, 500)
-POST_REFUSALS = _refusals(400, *REFUSALS)
+POST_REFUSALS = _refusals(*REFUSALS)
 
 
 class EventStream(StreamingResponse):

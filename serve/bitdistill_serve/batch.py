@@ -65,7 +65,7 @@ class Batch(Generic[K]):
         *,
         stop_ids: frozenset[int],
         prefill_tokens: int,
-        deadlines: Deadlines = Deadlines(),  # noqa: B008  # frozen
+        deadlines: Deadlines = Deadlines(),  # frozen
     ) -> None:
         self._decoder, self._tokenizer = decoder, tokenizer
         self._stop_ids, self._prefill_tokens, self._deadlines = stop_ids, prefill_tokens, deadlines

@@ -36,6 +36,8 @@ class Generation:
     """Tell each token's log-probability, beside that many alternatives."""
     score_from: int | None = None
     """Tell those of the prompt's tokens too, from this one on; at least 1, for nothing comes before token 0."""
+    ignore_eos: bool = False
+    """Go on after a stop token, up to the limit."""
     writes: bool = True
     """False: the prompt is only scored."""
     common: int = 0
@@ -118,7 +120,7 @@ class Job(Generic[K]):
         complete = self.guide.take(token) if self.guide else False
         end = End.LENGTH if full or len(self.tokens) >= self.generation.sampling.max_tokens else None
         end = End.STOP if complete else end
-        if token in stop_ids:
+        if token in stop_ids and not self.generation.ignore_eos:
             end, text = End.STOP, ""
         else:
             text = self.stops.push(self.detokenizer.push(token))

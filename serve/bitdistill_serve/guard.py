@@ -47,7 +47,8 @@ class Guard:
 
         try:
             try:
-                replayed = await _checked(scope, receive, service)
+                limits = service.options
+                replayed = await checked(scope, receive, body_bytes=limits.body_bytes, body_s=limits.body_s)
             except ApiError as error:
                 await error_response(error)(scope, receive, answer)
             else:
@@ -62,7 +63,7 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body.model_dump(mode="json"), status_code=error.status, headers=error.headers)
 
 
-async def _checked(scope: Scope, receive: Receive, service: Service) -> Receive:
+async def checked(scope: Scope, receive: Receive, *, body_bytes: int, body_s: float) -> Receive:
     """A `receive` that gives the body in one message.  Raises ApiError."""
     headers = scope["headers"]
     if len(headers) > MOST_HEADERS or sum(len(n) + len(v) for n, v in headers) > MOST_HEADER_BYTES:
@@ -73,10 +74,10 @@ async def _checked(scope: Scope, receive: Receive, service: Service) -> Receive:
     if kind.split(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "Send Content-Type: application/json")
     try:
-        async with asyncio.timeout(service.options.body_s):
-            body = await _body(headers, receive, service.options.body_bytes)
+        async with asyncio.timeout(body_s):
+            body = await _body(headers, receive, body_bytes)
     except TimeoutError:
-        raise ApiError(408, f"The body did not come within {service.options.body_s:g} s") from None
+        raise ApiError(408, f"The body did not come within {body_s:g} s") from None
     sent = False
 
     async def replayed() -> Message:

@@ -1,7 +1,7 @@
 """API keys: who may ask, and how much.  `bitdistill serve key --file keys.json --name NAME` makes one.
 
-A key is 256 random bits, so its SHA-256 is as safe at rest as a slow hash would be (those are for passwords, which can be
-guessed), and checking one costs a microsecond.  Every key of the file is compared, each in constant time.
+A key is 256 random bits, so its SHA-256 is as safe at rest as a slow hash would be (those are for passwords, which can
+be guessed), and checking one costs a microsecond.  Every key of the file is compared, each in constant time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Times are those of the event loop, which is where clients are answered: a token 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -66,6 +66,19 @@ class Metrics:
     def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Any:
         histogram = Histogram(PREFIX + name, says, ["model"], registry=self.registry, buckets=buckets)
         return histogram.labels(**self._labels)
+
+
+def merged(pages: Iterable[bytes]) -> bytes:
+    """Pages of several models as one: what is told of a metric once, and the samples of all behind it."""
+    families: dict[str, list[str]] = {}
+    for page in pages:
+        family: list[str] = []
+        for line in page.decode().splitlines():
+            if line.startswith("# HELP "):
+                family = families.setdefault(line.split()[2], [])
+            if not line.startswith("#") or line not in family:
+                family.append(line)
+    return "".join(f"{line}\n" for family in families.values() for line in family).encode()
 
 
 class Pace:

@@ -1,11 +1,11 @@
-"""What `serve run bitdistill_serve.app:build KEY=VALUE …` and `bitdistill serve` can set."""
+"""What `serve run bitdistill_serve.app:build KEY=VALUE …`, `bitdistill serve` and `serve deploy` can set."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -42,7 +42,9 @@ class ServeOptions(BaseModel):
     queue_s: float = Field(60.0, gt=0)
     """Seconds that a request may wait for a slot; then it is answered with 503."""
     timeout_s: float = Field(600.0, gt=0)
-    """Seconds that a request may take in all; a replica that is to stop waits as long for its streams."""
+    """Seconds that a request may take in all."""
+    drain_s: float | None = Field(None, ge=0)
+    """Seconds that a replica that is to stop may finish its streams; empty: as long as they may take."""
     body_bytes: int = Field(4 << 20, ge=1)
     """The largest body of a request; more is answered with 413."""
     body_s: float = Field(30.0, gt=0)
@@ -64,6 +66,11 @@ class ServeOptions(BaseModel):
         """Generations that a replica takes at a time, with and without a slot."""
         return self.slots + self.queue
 
+    @property
+    def drain(self) -> float:
+        """`drain_s`, or what stands for it."""
+        return self.timeout_s if self.drain_s is None else self.drain_s
+
     @model_validator(mode="after")
     def _replicas_in_order(self) -> Self:
         if self.min_replicas > self.max_replicas:
@@ -82,6 +89,24 @@ class ServeOptions(BaseModel):
             raise cls._one_line(error) from None
         paths = {name: _absolute(getattr(options, name)) for name in ("model", "keys")}
         return options.model_copy(update=paths)
+
+    @classmethod
+    def parse_several(cls, args: Mapping[str, Any]) -> list[ServeOptions]:
+        """The options of one model, or of each of `models`, for which the other arguments hold too.
+
+        Raises ServeError, also where two models would have the same name.
+        """
+        given = dict(args)
+        several = given.pop("models", None)
+        if several is None:
+            return [cls.parse(given)]
+        if not isinstance(several, Sequence) or not all(isinstance(one, Mapping) for one in several) or not several:
+            raise ServeError("models", "is not a list of options", "Give models: [{model: PATH, name: NAME}, …]")
+        parsed = [cls.parse(given | dict(one)) for one in several]
+        names = [options.served_name for options in parsed]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ServeError("models", f"two are called {twice[0]!r}", "Give each a name of its own")
+        return parsed
 
     @classmethod
     def _one_line(cls, error: ValidationError) -> ServeError:

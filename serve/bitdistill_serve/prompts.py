@@ -1,4 +1,4 @@
-"""From a request to what the engine takes: texts and chats to token ids, parameters to `Sampling`, constraints compiled.
+"""From a request to what the engine takes: texts and chats to tokens, parameters to `Sampling`, constraints compiled.
 
 The tokenizer works in a thread of its own, so that a long prompt does not hold up the event loop, and on a copy of its
 own: the engine's thread decodes with the original at the same time.  A text that is too long by its characters alone is
@@ -172,6 +172,7 @@ class Prompts:
                 stops=request.stops,
                 logprobs=request.alternatives,
                 score_from=1 if scored and choice == 0 else None,
+                ignore_eos=request.ignore_eos,
                 writes=max_tokens > 0,
                 common=len(prompt) if request.n > 1 and not scored else 0,
                 grammar=grammar,
@@ -196,8 +197,8 @@ class Prompts:
         if len(prompt) >= self._room.slot_tokens:
             raise ApiError(
                 400,
-                f"This server's maximum context length is {self._room.slot_tokens} tokens, of prompt and answer together; "
-                f"the prompt has {len(prompt)}",
+                f"This server's maximum context length is {self._room.slot_tokens} tokens, of prompt and answer "
+                f"together; the prompt has {len(prompt)}",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -112,8 +112,11 @@ class Named(BaseModel):
 
 
 class GenerationRequest(Named):
-    """What both endpoints share.  Sampling has vLLM's extensions (`top_k`, `min_p`, `repetition_penalty`), and so has
-    the constraint of a text: `guided_choice` (one of these), `guided_regex`, `guided_json` (a schema)."""
+    """What both endpoints share.
+
+    Sampling has vLLM's extensions (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`), and so has the constraint of
+    a text: `guided_choice` (one of these), `guided_regex`, `guided_json` (a schema).
+    """
 
     max_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -127,6 +130,7 @@ class GenerationRequest(Named):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
     seed: int | None = None
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat = TextFormat(type="text")

@@ -74,17 +74,8 @@ class Service:
 
         Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
         """
-        threads = options.threads or env.cpu_count()
-        torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
-        model, tokenizer = load_for_decoding(options.model, device=options.device)
-        if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
-            bitdistill_kernels.set_threads(threads)
-        return cls.over(
-            TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens),
-            tokenizer,
-            options,
-            stop_ids=stop_ids(model, tokenizer),
-        )
+        decoder, tokenizer, ends = load_decoder(options)
+        return cls.over(decoder, tokenizer, options, stop_ids=ends)
 
     def start(self) -> None:
         """Start the engine, for requests from the running event loop."""
@@ -94,6 +85,17 @@ class Service:
         """Stop the engine; what is unfinished fails."""
         await self.engine.stop()
         self.prompts.close()
+
+
+def load_decoder(options: ServeOptions) -> tuple[Decoder, PreTrainedTokenizerBase, frozenset[int]]:
+    """What `options` ask for, its tokenizer and the tokens that end a text.  Raises as `Service.load` does."""
+    threads = options.threads or env.cpu_count()
+    torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
+    model, tokenizer = load_for_decoding(options.model, device=options.device)
+    if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
+        bitdistill_kernels.set_threads(threads)
+    decoder = TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens)
+    return decoder, tokenizer, stop_ids(model, tokenizer)
 
 
 def _instructions() -> str:

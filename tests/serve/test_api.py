@@ -6,15 +6,17 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 import pytest
 from torch import Tensor
 
+from bitdistill_ray import generate
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from tests.serve.in_process import CHAT, CHAT_PROMPT, GREEDY, Json, ask, error, events, serving, until
 from tests.serve.references import greedy_text, prompt_ids, shared_model
-from tests.tiny_models import tiny_tokenizer
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 
 def test_a_completion_is_the_models_own_text() -> None:
@@ -50,6 +52,15 @@ def test_n_choices_differ_and_a_seed_repeats_them() -> None:
     assert texts[0] != texts[1]
     assert texts == [choice["text"] for choice in again["choices"]]
     assert first["usage"]["prompt_tokens"] == len(prompt_ids("A")) + len(prompt_ids("dog."))
+
+
+def test_a_sampled_answer_equals_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5,
+                "repetition_penalty": 1.2, "presence_penalty": 0.25, "seed": 7, "max_tokens": 24}  # fmt: skip
+    flags = [part for name, value in sampling.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert generate.main([str(save_tiny(tmp_path)), "--prompt", "The quick", *flags, "--logit-bias", "70=2"]) == 0
+    body = {"model": "tiny", "prompt": "The quick", "logit_bias": {"70": 2}} | sampling
+    assert ask("/v1/completions", body).json()["choices"][0]["text"] + "\n" == capsys.readouterr().out
 
 
 def test_a_stream_adds_up_to_the_whole_answer() -> None:

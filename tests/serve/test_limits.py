@@ -8,9 +8,7 @@ import logging
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
 
 from bitdistill_ray.errors import ServeError

@@ -51,8 +51,8 @@ def test_texts_chats_streams_and_models() -> None:
             chunks = [chunk async for chunk in stream]
             words = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
             assert "".join(words) == greedy_text(prompt_ids(CHAT_PROMPT), 8)
-            assert chunks[-1].usage == chat.usage.model_copy(update={"prompt_tokens_details": chunks[-1].usage and
-                                                                     chunks[-1].usage.prompt_tokens_details})  # fmt: skip
+            assert chunks[-1].usage is not None
+            assert chunks[-1].usage.total_tokens == chat.usage.total_tokens
 
     asyncio.run(scenario())
 
