@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ from bitdistill_serve.engine import Status, Stream
 from bitdistill_serve.errors import ApiError, ErrorBody, ErrorType, api_error, validation_error
 from bitdistill_serve.generation import Generation
 from bitdistill_serve.guard import Guard, error_response
+from bitdistill_serve.page import POLICY, page
 from bitdistill_serve.rates import Client
 from bitdistill_serve.replies import ChatCompletion, Classification, Completion, HealthReport, Model, ModelList
 from bitdistill_serve.requests import ChatCompletionRequest, ClassifyRequest, CompletionRequest, GenerationRequest
@@ -69,7 +70,7 @@ class EventStream(StreamingResponse):
 
 def create_api(service: Callable[[], Service]) -> FastAPI:
     """The application; `service` is asked at each request, for Serve makes the routes before it makes the replica."""
-    api = FastAPI(title="bitdistill", summary="Packed students behind OpenAI's API")
+    api = FastAPI(title="bitdistill", summary="Packed students behind OpenAI's API", docs_url=None, redoc_url=None)
     api.include_router(router)
     api.state.service = service
     api.add_middleware(Guard, service=service)
@@ -113,6 +114,12 @@ def _client(request: Request, service: Served, credentials: Credentials) -> Clie
 
 Known = Annotated[Client, Depends(_client)]
 router = APIRouter()
+
+
+@router.get("/", include_in_schema=False)
+async def playground() -> HTMLResponse:
+    """A page to try the model with."""
+    return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
 
 
 @router.get("/health", responses={503: {"model": HealthReport}, **_refusals(431, 500)})

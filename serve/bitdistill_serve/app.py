@@ -10,6 +10,7 @@ A replica that is to stop, because a new version or fewer requests came, takes n
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from bitdistill_serve.api import create_api
 from bitdistill_serve.engine import Status
 from bitdistill_serve.forward import Forwarded, answers
 from bitdistill_serve.options import ServeOptions
+from bitdistill_serve.ray_metrics import RayMetrics
 from bitdistill_serve.router import Router
 from bitdistill_serve.service import Service
 
@@ -39,6 +41,9 @@ class Replica:
         self.service = Service.load(options)
         self.service.start()  # Serve calls this on the event loop of the requests
         self._api = create_api(lambda: self.service)
+        replica = serve.get_replica_context().replica_tag
+        exported = RayMetrics(self.service.metrics.registry, self.service.engine.metrics, replica)
+        self._exporting = asyncio.ensure_future(exported.run())
 
     async def forward(self, request: Forwarded) -> AsyncIterator[list[Message]]:
         """Answer what a router sends."""
@@ -53,6 +58,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve's way to end a replica, after its requests."""
+        if hasattr(self, "_exporting"):
+            self._exporting.cancel()
         if hasattr(self, "service"):
             await self.service.stop()
 

@@ -33,7 +33,7 @@ from bitdistill_ray.decode.logprobs import TokenLogprob, token_logprobs
 from bitdistill_ray.decode.sampling import sample
 from bitdistill_ray.errors import BitdistillError, ServeError
 from bitdistill_serve.detokenize import Tokenizer
-from bitdistill_serve.errors import DeadlineError, QueueTimeoutError
+from bitdistill_serve.errors import DeadlineError, GrammarError, QueueTimeoutError
 from bitdistill_serve.generation import End, Generation, Job, K, Piece
 from bitdistill_serve.waiting import Waiting
 
@@ -74,6 +74,7 @@ class Batch(Generic[K]):
         self._pieces: list[tuple[K, Piece]] = []
         self.failures = self.tokens_held = 0
         self.last_failure: str | None = None
+        self._failure: BitdistillError | None = None  # of the attempt that failed last
 
     @property
     def idle(self) -> bool:
@@ -87,14 +88,18 @@ class Batch(Generic[K]):
 
     def add(self, key: K, generation: Generation, client: str = "") -> None:
         """Queue a generation of `client`; its pieces come out of `advance` under `key`."""
-        now_s = time.monotonic()
-        self._waiting.add(Job(key, generation, self._tokenizer, client=client, arrived_s=now_s))
+        begin = partial(Job, key, generation, self._tokenizer, client=client, arrived_s=time.monotonic())
+        job = self._attempt([], begin)
+        if job is not None:
+            self._waiting.add(job)
+        else:
+            self._pieces.append((key, Piece(end=End.FAILED, error=self._failure)))
 
     def cancel(self, key: K) -> None:
         """End a sequence, whatever it is doing, and free its slot now; nothing happens when it has ended."""
-        for sequence in [*self._waiting, *self._running]:
-            if sequence.key == key:
-                self._end(sequence, Piece(end=End.CANCELLED))
+        for job in [*self._waiting, *self._running]:
+            if job.key == key:
+                self._end(job, Piece(end=End.CANCELLED))
 
     def advance(self) -> list[tuple[K, Piece]]:
         """One round; returns what sequences grew by since the last one."""
@@ -108,31 +113,31 @@ class Batch(Generic[K]):
 
     def _expire(self) -> None:
         now_s, limits = time.monotonic(), self._deadlines
-        for sequence in self._waiting if len(self._waiting) else ():
-            if now_s - sequence.arrived_s > limits.queue_s:
+        for job in self._waiting if len(self._waiting) else ():
+            if now_s - job.arrived_s > limits.queue_s:
                 late = QueueTimeoutError("request", f"waited {limits.queue_s:g} s for a slot", "Send it again later")
-                self._end(sequence, Piece(end=End.FAILED, error=late))
-        for sequence in list(self._running):
-            if now_s - sequence.arrived_s > limits.total_s:
+                self._end(job, Piece(end=End.FAILED, error=late))
+        for job in list(self._running):
+            if now_s - job.arrived_s > limits.total_s:
                 over = DeadlineError("request", f"took longer than {limits.total_s:g} s", "Ask for fewer tokens")
-                self._end(sequence, Piece(end=End.FAILED, error=over))
+                self._end(job, Piece(end=End.FAILED, error=over))
 
     def _admit(self) -> None:
         if not (len(self._waiting) and self._decoder.free_slots):
             return
-        for sequence in self._waiting:
+        for job in self._waiting:
             if not self._decoder.free_slots:
                 return
-            if self._beginning_is_being_read(sequence.generation):
+            if self._beginning_is_being_read(job.generation):
                 continue
             try:
-                slot = self._decoder.admit(sequence.generation.prompt, reuse=sequence.generation.reusable)
+                slot = self._decoder.admit(job.generation.prompt, reuse=job.generation.reusable)
             except BitdistillError as error:
-                self._end(sequence, Piece(end=End.FAILED, error=error))
+                self._end(job, Piece(end=End.FAILED, error=error))
             else:
-                self._waiting.serve(sequence)
-                sequence.slot, sequence.cached = slot, self._decoder.length(slot)
-                self._running.append(sequence)
+                self._waiting.serve(job)
+                job.slot, job.cached = slot, self._decoder.length(slot)
+                self._running.append(job)
 
     def _beginning_is_being_read(self, wanted: Generation) -> bool:
         common = wanted.prompt[: min(wanted.common, wanted.reusable)]
@@ -150,24 +155,24 @@ class Batch(Generic[K]):
         room = self._prefill_tokens
         chunk = oldest if oldest <= room else max(1, room // 2) if others else room
         room, group = room - chunk, [first]
-        for pending, sequence in sorted(others, key=lambda of: of[0]):
+        for pending, job in sorted(others, key=lambda of: of[0]):
             room -= min(pending, chunk)
             if room < 0:
                 break
-            group.append(sequence)
+            group.append(job)
         plain = [s for s in group if s.generation.score_from is None]
         if plain:
             logits = self._attempt(plain, lambda: self._decoder.prefill([s.slot for s in plain], chunk)) or []
             read = [(s, logits_V) for s, logits_V in zip(plain, logits, strict=False) if logits_V is not None]
             if read:
                 self._extend([s for s, _ in read], torch.stack([logits_V for _, logits_V in read]))
-        for sequence in group:
-            if sequence.generation.score_from is not None:
-                self._attempt([sequence], partial(self._score, sequence, sequence.generation.score_from, chunk))
+        for job in group:
+            if job.generation.score_from is not None:
+                self._attempt([job], partial(self._score, job, job.generation.score_from, chunk))
 
-    def _score(self, sequence: Job[K], score_from: int, chunk: int) -> None:
+    def _score(self, job: Job[K], score_from: int, chunk: int) -> None:
         """Read a chunk of a prompt whose tokens are to be told from `score_from` on."""
-        slot, asked = sequence.slot, sequence.generation
+        slot, asked = job.slot, job.generation
         begin = self._decoder.length(slot)
         if begin < score_from - 1:
             self._decoder.prefill([slot], min(chunk, score_from - 1 - begin))
@@ -175,17 +180,17 @@ class Batch(Generic[K]):
         logits_TV = self._decoder.read(slot, min(chunk, READ_TOKENS))
         following = asked.prompt[begin + 1 : begin + 1 + len(logits_TV)]
         if not self._finite(logits_TV):
-            self._end(sequence, self._not_finite())
+            self._end(job, self._not_finite())
             return
         scored = tuple(token_logprobs(logits_TV[: len(following)], following, asked.logprobs or 0))
         done = not self._decoder.pending(slot) and not asked.writes
-        piece = Piece(scored=scored, cached=sequence.tell_cached(), end=End.LENGTH if done else None)
+        piece = Piece(scored=scored, cached=job.tell_cached(), end=End.LENGTH if done else None)
         if done:
-            self._end(sequence, piece)
+            self._end(job, piece)
             return
-        self._pieces.append((sequence.key, piece))
+        self._pieces.append((job.key, piece))
         if not self._decoder.pending(slot):
-            self._extend([sequence], logits_TV[-1:])
+            self._extend([job], logits_TV[-1:])
 
     def _step(self) -> None:
         group = [s for s in self._running if s.tokens]
@@ -197,18 +202,25 @@ class Batch(Generic[K]):
 
     def _extend(self, group: Sequence[Job[K]], logits_BV: Tensor) -> None:
         """Sample one token for each sequence, and end those that it ends and those whose logits are no numbers."""
+        histories = [self._attempt([job], job.history) for job in group]
+        if None in histories:  # a grammar failed, and its sequence has ended
+            rows = [i for i, history in enumerate(histories) if history is not None]
+            group, logits_BV = [group[i] for i in rows], logits_BV[rows]
+        alive = [history for history in histories if history is not None]
+        if not alive:
+            return
         finite_B = logits_BV.amax(dim=-1).isfinite().tolist()
-        tokens = self._attempt(group, lambda: sample(logits_BV, [s.history() for s in group])) or []
+        tokens = self._attempt(group, lambda: sample(logits_BV, alive)) or []
         told = self._told(group, logits_BV, tokens)
-        for sequence, token, finite in zip(group, tokens, finite_B, strict=False):
-            grow = partial(self._grow, sequence, token, told.get(sequence.slot, ()))
-            piece = self._attempt([sequence], grow) if finite else self._not_finite()
+        for job, token, finite in zip(group, tokens, finite_B, strict=False):
+            grow = partial(self._grow, job, token, told.get(job.slot, ()))
+            piece = self._attempt([job], grow) if finite else self._not_finite()
             if piece is None:
                 continue
             if piece.end is None:
-                self._pieces.append((sequence.key, piece))
+                self._pieces.append((job.key, piece))
             else:
-                self._end(sequence, piece)
+                self._end(job, piece)
 
     def _told(
         self, group: Sequence[Job[K]], logits_BV: Tensor, tokens: Sequence[int]
@@ -221,9 +233,9 @@ class Batch(Generic[K]):
         every = token_logprobs(logits_BV[rows], [tokens[i] for i in rows], most)
         return {group[i].slot: (of.cut(group[i].generation.logprobs or 0),) for i, of in zip(rows, every, strict=True)}
 
-    def _grow(self, sequence: Job[K], token: int, told: tuple[TokenLogprob, ...]) -> Piece:
-        full = self._decoder.length(sequence.slot) >= self._decoder.slot_tokens
-        return sequence.grow(token, told, stop_ids=self._stop_ids, full=full)
+    def _grow(self, job: Job[K], token: int, told: tuple[TokenLogprob, ...]) -> Piece:
+        full = self._decoder.length(job.slot) >= self._decoder.slot_tokens
+        return job.grow(token, told, stop_ids=self._stop_ids, full=full)
 
     @staticmethod
     def _finite(logits: Tensor) -> bool:
@@ -234,25 +246,27 @@ class Batch(Generic[K]):
         error = ServeError("model", "its logits are not finite", "Check the model with `bitdistill evaluate`")
         return Piece(end=End.FAILED, error=error)
 
-    def _end(self, sequence: Job[K], last: Piece) -> None:
-        self._pieces.append((sequence.key, last))
+    def _end(self, job: Job[K], last: Piece) -> None:
+        self._pieces.append((job.key, last))
         if last.end in (End.STOP, End.LENGTH):
             self.failures = 0
-        if sequence.slot < 0:
-            self._waiting.remove(sequence)
+        if job.slot < 0:
+            self._waiting.remove(job)
         else:
-            self._running.remove(sequence)
-            self._decoder.free(sequence.slot)
+            self._running.remove(job)
+            self._decoder.free(job.slot)
 
     def _attempt(self, group: Sequence[Job[K]], call: Callable[[], T]) -> T | None:
         """What `call` returns; whatever it raises ends the sequences that took part in it, and the result is None."""
         try:
             return call()
+        except GrammarError as error:
+            self._failure = error
         except Exception as error:
             logger.exception("a call for %d sequences failed", len(group))
             self.failures += 1
-            self.last_failure = f"{type(error).__name__}: {error}"
-            failure = ServeError("decoder", self.last_failure, "Send the request again; the server's log has the cause")
-        for sequence in group:
-            self._end(sequence, Piece(end=End.FAILED, error=failure))
+            self.last_failure = what = f"{type(error).__name__}: {error}"
+            self._failure = ServeError("decoder", what, "Send the request again; the server's log has the cause")
+        for job in group:
+            self._end(job, Piece(end=End.FAILED, error=self._failure))
         return None

@@ -5,7 +5,8 @@ event loop.  Each round costs one hop to the event loop, whatever the number of 
 consumer has not read yet and hands it over in one piece: tokens are joined only where the consumer is slower.
 
 The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with an estimate of when
-a slot gets free.  Requests may be cancelled at any time; their slots are free before the next round.
+a slot gets free.  Its last places are for clients that have none, so that one client never shuts another out.  Requests
+may be cancelled at any time; their slots are free before the next round.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from bitdistill_serve.batch import Batch, Deadlines
 from bitdistill_serve.detokenize import Tokenizer
 from bitdistill_serve.errors import EngineStoppedError, QueueFullError
 from bitdistill_serve.generation import End, Generation, Piece
-from bitdistill_serve.metrics import Metrics, Pace
+from bitdistill_serve.metrics import Metrics, Pace, resident_bytes
 from bitdistill_serve.options import ServeOptions
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 UNHEALTHY_AFTER = 3  # decoder calls that failed and no request that ended well: one may be chance, three are not
 NEWEST_WEIGHT = 0.1  # of the newest generation in the running mean of their times
 LONGEST_RETRY_S = 60
+NEWCOMERS = 8  # one place in so many of the queue is kept for clients that have nothing here
 
 
 class Status(Enum):
@@ -54,6 +56,7 @@ class Health:
     waiting: int
     slots: int
     queue: int
+    memory_bytes: int | None
     last_failure: str | None
 
 
@@ -156,6 +159,7 @@ class Engine:
             waiting=max(0, self._live.total() - self._batch.running),
             slots=self._decoder.slots,
             queue=self._queue,
+            memory_bytes=resident_bytes(),
             last_failure=self._died or self._batch.last_failure,
         )
 
@@ -169,6 +173,7 @@ class Engine:
                 "slots": health.slots,
                 "kv_tokens": self._batch.tokens_held,
                 "kv_capacity_tokens": self._decoder.capacity,
+                "memory_bytes": health.memory_bytes or 0,
             }
         )
 
@@ -192,7 +197,8 @@ class Engine:
         if self._died or self._stopping:
             raise EngineStoppedError("engine", f"is not running ({self._died or 'it was stopped'})", "Try again later")
         new = len(generations)
-        if self._live.total() + new > self.limit:
+        places = self.limit - (self._queue // NEWCOMERS if self._live[client] else 0)
+        if self._live.total() + new > places:
             raise self._full(f"{self._live.total()} of {self.limit} places are taken")
         if self._concurrency is not None and self._live[client] + new > self._concurrency:
             raise self._full(f"{self._live[client]} of your {self._concurrency} places are taken")
@@ -225,7 +231,7 @@ class Engine:
                 pieces = self._batch.advance()
                 if pieces:
                     self._loop.call_soon_threadsafe(self._deliver, pieces)
-        except Exception as bug:
+        except BaseException as bug:  # a panic of compiled code is no Exception, and clients wait all the same
             logger.exception("the decoding loop ended")
             self._died = f"{type(bug).__name__}: {bug}"
             error = EngineStoppedError("engine", f"has ended ({self._died})", "Send the request again")

@@ -32,6 +32,10 @@ class DeadlineError(ServeError):
     """A request took longer than it may."""
 
 
+class GrammarError(ServeError):
+    """A constraint that cannot go on: it grew beyond the library's limits."""
+
+
 class ErrorType(StrEnum):
     """OpenAI's kinds of error."""
 
@@ -96,7 +100,7 @@ def api_error(error: BitdistillError) -> ApiError:
         return ApiError(503, str(error), type=ErrorType.SERVER, code="queue_timeout", retry_after_s=1)
     if isinstance(error, DeadlineError):
         return ApiError(504, str(error), type=ErrorType.SERVER, code="timeout")
-    if isinstance(error, CapacityError | ModelError):
+    if isinstance(error, CapacityError | ModelError | GrammarError):
         return ApiError(400, str(error))
     return ApiError(503 if isinstance(error, EngineStoppedError) else 500, str(error), type=ErrorType.SERVER)
 

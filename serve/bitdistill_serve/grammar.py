@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bitdistill_serve.errors import ApiError
+from bitdistill_serve.errors import ApiError, GrammarError
 from bitdistill_serve.requests import GenerationRequest, JsonObject, JsonSchemaFormat
 
 MOST_BYTES = 1 << 16  # of a schema, an expression or a list of choices
@@ -37,15 +37,22 @@ class Guide:
         self._bits = llguidance.numpy.allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> Tensor:
-        """True for each token of the vocabulary that may come next."""
+        """True for each token of the vocabulary that may come next.  Raises GrammarError."""
+        self._check()
         llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits)
+        self._check()
         bits_V = np.unpackbits(self._bits.view(np.uint8)[0], count=self._vocab_size, bitorder="little")
         return torch.from_numpy(bits_V).bool()
 
     def take(self, token: int) -> bool:
         """Step over a token that was allowed; True when nothing may follow it."""
         self._matcher.consume_token(token)
+        self._check()
         return bool(self._matcher.is_stopped())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError("the constraint", _first_line(self._matcher.get_error()), "Give a simpler one")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,8 +5,11 @@ Times are those of the event loop, which is where clients are answered: a token 
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -41,6 +44,7 @@ class Metrics:
                 ("slots", "Sequences that can run at a time"),
                 ("kv_tokens", "Tokens of running sequences in the cache"),
                 ("kv_capacity_tokens", "Tokens that the cache holds"),
+                ("memory_bytes", "Memory of the process, shared pages of the model's file included"),
             )
         }
         info = Gauge(PREFIX + "kernel_info", "What computes", ["model", *kernels], registry=self.registry)
@@ -66,6 +70,13 @@ class Metrics:
     def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Any:
         histogram = Histogram(PREFIX + name, says, ["model"], registry=self.registry, buckets=buckets)
         return histogram.labels(**self._labels)
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process has now, where the system tells."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return None
 
 
 def merged(pages: Iterable[bytes]) -> bytes:

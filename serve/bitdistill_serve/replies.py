@@ -182,4 +182,5 @@ class HealthReport(BaseModel):
     waiting: int
     slots: int
     queue: int
+    memory_bytes: int | None
     last_failure: str | None

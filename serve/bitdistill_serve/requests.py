@@ -29,7 +29,7 @@ MAX_STOPS, MAX_CHOICES, MAX_BIASES, MAX_LOGPROBS = 16, 128, 1024, 20  # stops: O
 
 def refused(kind: str, message: str, name: str) -> PydanticCustomError:
     """A validation error about the parameter `name`, which its message may quote as {name}."""
-    return PydanticCustomError(kind, message, {"name": name})  # type: ignore[arg-type]
+    return PydanticCustomError(kind, message, {"name": name})
 
 
 def _is_unicode(text: str) -> str:

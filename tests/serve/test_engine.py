@@ -175,6 +175,21 @@ def test_a_full_queue_refuses_at_once_and_takes_all_choices_or_none() -> None:
     asyncio.run(scenario())
 
 
+def test_a_client_cannot_shut_another_out() -> None:
+    async def scenario() -> None:
+        async with running(decoder(slots=1), queue=8) as engine:
+            crowd = [engine.submit([ask("A", tokens=20)], client="many") for _ in range(8)]
+            with pytest.raises(QueueFullError):
+                engine.submit([ask("A")], client="many")
+            other = engine.submit([ask("dog.")], client="one")
+            assert (await read(other)).text == greedy_text(prompt_ids("dog."), 12)
+            assert sum(bool(stream.live) for stream in crowd) >= 6  # it did not wait for all of them
+            for stream in crowd:
+                stream.cancel()
+
+    asyncio.run(scenario())
+
+
 def test_a_stop_string_across_tokens_ends_the_text_before_it() -> None:
     whole = greedy_text(prompt_ids("The quick"), 24)
     tokens = [tiny_tokenizer().decode([i]) for i in tiny_tokenizer()(whole)["input_ids"]]

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
+from bitdistill_ray.decode.sampling import Sampling
+from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_serve.batch import Batch
+from bitdistill_serve.errors import GrammarError
+from bitdistill_serve.generation import Generation, Piece
+from bitdistill_serve.grammar import Grammars
+from bitdistill_serve.requests import CompletionRequest
 from tests.serve.in_process import CHAT, GREEDY, ask, error, events
+from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
+from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -58,7 +67,26 @@ def test_any_json_object_as_far_as_it_goes() -> None:
     assert content["choices"][0]["message"]["content"].startswith("{")
 
 
-def test_a_grammar_that_grows_without_bound_is_refused_in_time() -> None:
+def test_a_grammar_that_cannot_go_on_ends_its_own_text_only() -> None:
+    grammars = Grammars(tiny_tokenizer(), vocab_size=VOCAB_SIZE, stop_ids=[EOS_ID])
+    broken = grammars.compile(CompletionRequest(model="tiny", prompt="A", guided_regex="[0-9]+"))
+    assert broken is not None
+    broken.matcher.consume_token(prompt_ids("A")[0])  # no digit: from here on the matcher is in error
+    decoder = TorchDecoder(shared_model(), slots=2, slot_tokens=64)
+    batch: Batch[str] = Batch(decoder, tiny_tokenizer(), stop_ids=frozenset({EOS_ID}), prefill_tokens=64)
+    greedy = Sampling(temperature=0, max_tokens=6)
+    batch.add("broken", Generation(prompt=prompt_ids("A"), sampling=greedy, grammar=broken))
+    batch.add("spared", Generation(prompt=prompt_ids("dog."), sampling=greedy))
+    pieces: dict[str, list[Piece]] = {"broken": [], "spared": []}
+    while not batch.idle:
+        for key, piece in batch.advance():
+            pieces[key].append(piece)
+    assert isinstance(pieces["broken"][-1].error, GrammarError)
+    assert "".join(piece.text for piece in pieces["spared"]) == greedy_text(prompt_ids("dog."), 6)
+    assert (batch.failures, decoder.free_slots) == (0, 2)  # it is not the decoder's failure
+
+
+def test_a_grammar_that_grows_without_bound_is_the_clients_mistake() -> None:
     body = GREEDY | {"prompt": "A", "guided_regex": "((a{999}){999}){999}|" + "(b|c)*" * 200}
-    assert ask("/v1/completions", body).status_code in (200, 400, 500)
+    assert "too many expressions" in error(ask("/v1/completions", body), 400)["message"]
     assert error(ask("/v1/completions", GREEDY | {"prompt": "A", "guided_regex": "a" * 70_000}), 400)

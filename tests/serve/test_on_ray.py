@@ -65,6 +65,16 @@ def test_a_completion_over_http(client: httpx.Client) -> None:
     assert lines[-1] == "data: [DONE]"
 
 
+def test_rays_agents_export_the_metrics(client: httpx.Client) -> None:
+    import ray
+
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    until(lambda: "ray_bitdistill_serve_slots{" in httpx.get(url).text)
+    assert 'model="tiny"' in next(line for line in httpx.get(url).text.splitlines()
+                                  if line.startswith("ray_bitdistill_serve_generated_tokens_total{"))  # fmt: skip
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_slot(client: httpx.Client, stream: bool) -> None:
     until(lambda: running(client) == 0)
