@@ -42,6 +42,7 @@ ROUNDS = 5
 OVERLOAD = 4  # times the places of the server
 LEAST_MARGIN = 1e-2  # between the likeliest two tokens of a reference: rounding never decides
 REFERENCES = 8
+TRIES, PAUSE_S = 3, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,9 @@ class Bench:
 
     def measure(self, parts: Sequence[str]) -> list[Row]:
         """The rows of these parts."""
+        began_s = time.perf_counter()
         decoder, tokenizer, _ = load_decoder(self.options)
+        self._row("replica", "model loaded", Unit.MILLISECONDS, 1e3 * (time.perf_counter() - began_s))
         if {"stream", "streams", "overload"} & set(parts):
             with serving(self.options.model, self._arguments()) as server:
                 if "stream" in parts:
@@ -196,13 +199,19 @@ class Bench:
     def _soak(self, server: Server, decoder: Decoder, tokenizer: Any) -> None:
         """Mixed load against references, with hang-ups and killed replicas."""
         references = self._references(decoder, tokenizer)
-        wrong = kills = 0
+        wrong = kills = again = 0
 
         async def send() -> Reply:
-            nonlocal wrong
+            nonlocal wrong, again
             prompt, text = self.rng.choice(references)
             hang_up = self.rng.randrange(1, 8) if self.rng.random() < 0.25 else None
             reply = await ask(server.url, self._body(prompt), hang_up_after=hang_up)
+            for _ in range(TRIES - 1):  # as OpenAI's client does
+                if reply.chunks_s or reply.status in (200, 429):
+                    break
+                again += 1
+                await asyncio.sleep(PAUSE_S)
+                reply = await ask(server.url, self._body(prompt), hang_up_after=hang_up)
             if reply.status == 200:
                 wrong += not text.startswith(reply.text) or (reply.whole and reply.text != text)
             return reply
@@ -228,6 +237,7 @@ class Bench:
         self._row(case, "answers compared", Unit.COUNT, sum(reply.status == 200 for reply in replies))
         self._row(case, "wrong answers", Unit.COUNT, wrong)
         self._row(case, "hang-ups", Unit.COUNT, sum(reply.cancelled for reply in replies))
+        self._row(case, "sent again, for nothing had come", Unit.COUNT, again)
         self._row(case, "requests lost", Unit.COUNT, cut)
         self._row(case, "requests lost for each kill", Unit.COUNT, cut / max(1, kills), limit=float(self.load.streams),
                   limit_is="all that may have been on the replica")  # fmt: skip

@@ -4,9 +4,9 @@
 
 1. waiting sequences take free slots; clients take turns (`waiting.py`).  One whose beginning another sequence of its
    request is about to read waits for that, and then takes it from the cache;
-2. prompts are read: about `prefill_tokens` of them in a round, so that a long prompt delays running sequences by one
-   chunk for each of their tokens, and not by all of itself.  The oldest gets half of a round at least, and the shortest
-   ones what is left, so that short prompts do not wait for a long one;
+2. prompts are read: up to `prefill_tokens` of them in a round, fewer beside running sequences (`rhythm.py`), so that a
+   long prompt delays each of their tokens a little, and none by all of itself.  The oldest gets half of a round at
+   least, and the shortest ones what is left, so that short prompts do not wait for a long one;
 3. every sequence whose prompt is read takes one step, all in one batch;
 4. what ended frees its slot, which the next round fills.
 
@@ -35,6 +35,7 @@ from bitdistill_ray.errors import BitdistillError, ServeError
 from bitdistill_serve.detokenize import Tokenizer
 from bitdistill_serve.errors import DeadlineError, GrammarError, QueueTimeoutError
 from bitdistill_serve.generation import End, Generation, Job, K, Piece
+from bitdistill_serve.rhythm import Rhythm
 from bitdistill_serve.waiting import Waiting
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class Batch(Generic[K]):
         self._running: list[Job[K]] = []  # those with a slot, in the order in which they got it
         self._pieces: list[tuple[K, Piece]] = []
         self.failures = self.tokens_held = 0
+        self._rhythm = Rhythm()
         self.last_failure: str | None = None
         self._failure: BitdistillError | None = None  # of the attempt that failed last
 
@@ -153,6 +155,8 @@ class Batch(Generic[K]):
             return
         (oldest, first), *others = unread
         room = self._prefill_tokens
+        if any(job.tokens for job in self._running):
+            room = self._rhythm.tokens_beside_a_step(room)
         chunk = oldest if oldest <= room else max(1, room // 2) if others else room
         room, group = room - chunk, [first]
         for pending, job in sorted(others, key=lambda of: of[0]):
@@ -162,7 +166,9 @@ class Batch(Generic[K]):
             group.append(job)
         plain = [s for s in group if s.generation.score_from is None]
         if plain:
+            tokens, began_s = sum(min(chunk, self._decoder.pending(s.slot)) for s in plain), time.perf_counter()
             logits = self._attempt(plain, lambda: self._decoder.prefill([s.slot for s in plain], chunk)) or []
+            self._rhythm.read(tokens, time.perf_counter() - began_s)
             read = [(s, logits_V) for s, logits_V in zip(plain, logits, strict=False) if logits_V is not None]
             if read:
                 self._extend([s for s, _ in read], torch.stack([logits_V for _, logits_V in read]))
@@ -195,8 +201,9 @@ class Batch(Generic[K]):
     def _step(self) -> None:
         group = [s for s in self._running if s.tokens]
         if group:
-            last = [s.tokens[-1] for s in group]
+            last, began_s = [s.tokens[-1] for s in group], time.perf_counter()
             logits_BV = self._attempt(group, lambda: self._decoder.step([s.slot for s in group], last))
+            self._rhythm.stepped(time.perf_counter() - began_s)
             if logits_BV is not None:
                 self._extend(group, logits_BV)
 

@@ -32,7 +32,7 @@ class ServeOptions(BaseModel):
     queue: int = Field(64, ge=0)
     """Generations that may wait for a slot; more are answered with 429."""
     prefill_tokens: int = Field(256, ge=1)
-    """Prompt tokens read between two tokens of the running sequences."""
+    """Prompt tokens read between two tokens of the running sequences, at most."""
     max_prompt_tokens: int | None = Field(None, ge=1)
     """The longest prompt; empty: as long as its slot allows."""
     max_output_tokens: int | None = Field(None, ge=1)

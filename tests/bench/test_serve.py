@@ -61,6 +61,7 @@ def test_every_part_but_the_soak(tmp_path: Path) -> None:
     }
     overload = "overload, 16 clients for 4 places"
     assert list(rows) == [
+        ("replica", "model loaded"),
         ("one stream", "tokens/s"), ("one stream", "time to first token"),
         ("2 streams", "tokens/s"), ("2 streams", "p99 time per token"),
         *((overload, metric) for metric in ("goodput", "p99 time to a 429", "errors", "memory grown",

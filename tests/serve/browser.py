@@ -84,6 +84,7 @@ def tab(url: str, folder: Path, *, width: int, height: int) -> Iterator[Tab]:
                 page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
                           mobile=width < 600)  # fmt: skip
                 page.call("Page.navigate", url=url)
+                page.until("location.href !== 'about:blank' && document.readyState === 'complete'")
                 yield page
         finally:
             process.terminate()

@@ -79,7 +79,7 @@ async def read(stream: Stream) -> Piece:
 
 
 async def until_idle(engine: Engine) -> None:
-    while engine.health().running or engine.health().waiting:
+    while (health := engine.health()).running or health.waiting:  # of one moment
         await asyncio.sleep(0.001)
 
 

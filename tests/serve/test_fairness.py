@@ -13,6 +13,7 @@ from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_serve.batch import Batch, Deadlines
 from bitdistill_serve.errors import DeadlineError, QueueTimeoutError
 from bitdistill_serve.generation import End, Generation
+from bitdistill_serve.rhythm import Rhythm
 from bitdistill_serve.waiting import Waiting
 from tests.serve.references import greedy_text, prompt_ids, shared_model
 from tests.tiny_models import tiny_tokenizer
@@ -82,6 +83,22 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     while not any(key == ("long", 0) for key, _ in crowded.advance()):
         rounds += 1
     assert rounds <= 2 * len(long.prompt) / 16 + 1  # the other prompt was no long delay for it
+
+
+def test_what_is_read_beside_a_step_takes_its_time_and_half() -> None:
+    rhythm = Rhythm()
+    assert rhythm.tokens_beside_a_step(256) == 256  # nothing is known yet
+    for _ in range(50):
+        rhythm.stepped(0.040)
+        rhythm.read(100, 0.100)
+    assert rhythm.tokens_beside_a_step(256) == 60
+    assert rhythm.tokens_beside_a_step(16) == 16
+    for _ in range(50):
+        rhythm.read(100, 10.0)
+    assert rhythm.tokens_beside_a_step(256) == 32  # a pass over the weights, whatever it takes
+    for _ in range(50):
+        rhythm.read(100, 0.001)
+    assert rhythm.tokens_beside_a_step(256) == 256
 
 
 def test_a_common_prompt_is_read_once() -> None:
