@@ -110,17 +110,18 @@ class Bench:
             if turn:  # the first warms both up
                 alone.append(own)
                 served.append(reply)
-        steps = self.load.new_tokens - 1
-        paces = [steps / (reply.chunks_s[-1] - reply.chunks_s[0]) for reply in served]
-        own_pace, own_first = (median(of) for of in zip(*((steps / w, r) for r, w in alone), strict=True))
+        tokens = self.load.new_tokens
+        pace = median(tokens / (reply.ended_s - reply.began_s) for reply in served)
         first = median(reply.first_s for reply in served)
-        self._row("one stream", "tokens/s", Unit.TOKENS_S, median(paces), limit=own_pace,
-                  limit_is="the decoder's steps alone")  # fmt: skip
+        own_pace = median(tokens / (read_s + written_s) for read_s, written_s in alone)
+        own_first = median(read_s for read_s, _ in alone)
+        self._row("one stream", "tokens/s", Unit.TOKENS_S, pace, limit=own_pace,
+                  limit_is="the decoder alone, its prefill included")  # fmt: skip
         self._row("one stream", "time to first token", Unit.MILLISECONDS, 1e3 * first, limit=1e3 * own_first,
                   limit_is="the decoder's prefill alone")  # fmt: skip
 
     def _alone(self, decoder: Decoder) -> tuple[float, float]:
-        """Seconds to read a prompt, and to write the tokens after the first."""
+        """Seconds to read a prompt, and to write the tokens that follow."""
         slot = decoder.admit(self._prompt(decoder))
         began_s = time.perf_counter()
         (logits,) = decoder.prefill([slot], self.load.prompt_tokens)

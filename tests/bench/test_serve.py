@@ -46,7 +46,7 @@ def test_text_goes_on_after_a_stop_token_when_asked() -> None:
 
 def measured(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     model, file = save_tiny(folder / "tiny"), folder / "serve.json"
-    small = ["--streams", "2", "--queue", "2", "--prompt-tokens", "8", "--new-tokens", "8", "--threads", "1"]
+    small = ["--streams", "2", "--queue", "2", "--prompt-tokens", "8", "--new-tokens", "64", "--threads", "1"]
     assert main(["serve", str(model), *small, "--json", str(file), *arguments]) == 0
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"]
     assert all(set(row) == KEYS for row in rows)
