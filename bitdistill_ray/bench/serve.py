@@ -35,7 +35,7 @@ from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_serve.batch import Batch
 from bitdistill_serve.generation import Generation
 from bitdistill_serve.options import ServeOptions
-from bitdistill_serve.service import load_decoder
+from bitdistill_serve.service import open_decoder
 
 PARTS = ("stream", "streams", "overload", "soak")
 ROUNDS = 5
@@ -71,7 +71,7 @@ class Bench:
     def measure(self, parts: Sequence[str]) -> list[Row]:
         """The rows of these parts."""
         began_s = time.perf_counter()
-        decoder, tokenizer, _ = load_decoder(self.options)
+        decoder, tokenizer, _ = open_decoder(self.options)
         self._row("replica", "model loaded", Unit.MILLISECONDS, 1e3 * (time.perf_counter() - began_s))
         if {"stream", "streams", "overload"} & set(parts):
             with serving(self.options.model, self._arguments()) as server:

@@ -74,7 +74,7 @@ class Service:
 
         Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
         """
-        decoder, tokenizer, ends = load_decoder(options)
+        decoder, tokenizer, ends = open_decoder(options)
         return cls.over(decoder, tokenizer, options, stop_ids=ends)
 
     def start(self) -> None:
@@ -87,7 +87,7 @@ class Service:
         self.prompts.close()
 
 
-def load_decoder(options: ServeOptions) -> tuple[Decoder, PreTrainedTokenizerBase, frozenset[int]]:
+def open_decoder(options: ServeOptions) -> tuple[Decoder, PreTrainedTokenizerBase, frozenset[int]]:
     """What `options` ask for, its tokenizer and the tokens that end a text.  Raises as `Service.load` does."""
     threads = options.threads or env.cpu_count()
     torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
