@@ -43,9 +43,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--repetition-penalty", type=float, default=1.0)
     command.add_argument("--presence-penalty", type=float, default=0.0)
     command.add_argument("--frequency-penalty", type=float, default=0.0)
+    command.add_argument("--logit-bias", action="append", default=[], metavar="TOKEN=BIAS", type=bias)
     command.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up")
     command.add_argument("--device", default="cpu")
     return command
+
+
+def bias(text: str) -> tuple[int, float]:
+    """`TOKEN=BIAS`, a token's id and the number added to its logit."""
+    token, _, number = text.partition("=")
+    return int(token), float(number)
 
 
 def write_texts(options: argparse.Namespace) -> None:
@@ -54,7 +61,8 @@ def write_texts(options: argparse.Namespace) -> None:
     from bitdistill_ray.decode.loading import decoder_over, load_decoder, stop_ids
     from bitdistill_ray.decode.sampling import Sampling
 
-    sampling = Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
+    given = {field.name: getattr(options, field.name) for field in fields(Sampling)}
+    sampling = Sampling(**given | {"logit_bias": tuple(options.logit_bias)})
     model, tokenizer = load_decoder(options.model, device=options.device)
     prompts = [encode(tokenizer, prompt, chat=options.chat) for prompt in options.prompt]
     longest = max(len(prompt) for prompt in prompts)

@@ -27,12 +27,18 @@ def measure(source: str, baseline: str | None, load: Load, place: Place) -> list
     return _rows([Subject.open(name, place, load) for name in (source, *([baseline] if baseline else []))], place)
 
 
-def measure_shape(shape: str, specs: Sequence[QuantSpec | None], load: Load, place: Place) -> list[Row]:
-    """Rows of a known shape with random weights in each format (None: 16 bits), beside the same in 16 bits."""
+def measure_shape(
+    shape: str, specs: Sequence[QuantSpec | None], load: Load, place: Place, *, head_bits: int = 16
+) -> list[Row]:
+    """Rows of a known shape with random weights in each format (None: 16 bits), beside the same in 16 bits.
+
+    `head_bits` is that of the packed ones.
+    """
     rows: list[Row] = []
     for spec in specs:
-        subjects = [Subject.of_shape(shape, each, place, load) for each in ([spec, None] if spec else [None])]
-        rows += _rows(subjects, place)
+        plain = Subject.of_shape(shape, None, place, load)
+        packed = [Subject.of_shape(shape, spec, place, load, head_bits=head_bits)] if spec else []
+        rows += _rows([*packed, plain], place)
     return rows
 
 

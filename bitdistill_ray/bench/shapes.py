@@ -6,13 +6,15 @@ size from layer to layer.  No checkpoint is written, and no quantiser runs.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
+from bitdistill_kernels import Weight
 from bitdistill_ray.core import Format, PackedWeight, QuantSpec
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.model.families import decoder_linears
@@ -44,6 +46,8 @@ SHAPES: dict[str, PretrainedConfig] = {
     ),
 }
 MASKED_TERNARY = 0b01010101  # the low bits of four codes
+MIDDLE_ZEROS = 0x88  # two zero points of 4 bits
+HEAD_GROUP = 128
 HALF = torch.float16
 
 
@@ -80,6 +84,30 @@ def random_packed(shape: tuple[int, int], spec: QuantSpec, generator: torch.Gene
     scales = torch.full(sizes.scales, shape[1] ** -0.5, dtype=SCALE_DTYPES[spec.scale_dtype])
     zeros = None if sizes.zeros is None else _bytes(sizes.zeros, generator)
     return PackedWeight(spec=spec, shape=shape, codes=codes, scales=scales, zeros=zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class RandomHead:
+    """A packed head, which is the embedding too where they are tied; `nbytes` are its canonical bytes."""
+
+    weight: Weight
+    nbytes: int
+
+    @classmethod
+    def of(cls, model: Any, bits: int, *, seed: int = 0) -> Self:
+        """int4 or int8 codes in groups of `HEAD_GROUP`."""
+        generator = torch.Generator().manual_seed(seed)
+        N, K = model.config.vocab_size, model.config.hidden_size
+        G = -(-K // HEAD_GROUP)
+        codes = _bytes((N, -(-K * bits // 8)), generator)
+        scales = torch.full((N, G), K**-0.5 / 2 ** (bits - 2), dtype=HALF)
+        zeros = None
+        if bits == 4:
+            zeros = torch.full((N, -(-G // 2)), MIDDLE_ZEROS if G % 2 == 0 else MIDDLE_ZEROS & 15, dtype=torch.uint8)
+        else:
+            codes.clamp_(min=1)
+        weight = Weight.create(codes, scales, zeros, format=f"int{bits}", shape=(N, K), group_size=HEAD_GROUP)
+        return cls(weight, sum(part.nbytes for part in (codes, scales, zeros) if part is not None))
 
 
 def _bytes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

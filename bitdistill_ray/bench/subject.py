@@ -17,7 +17,7 @@ import torch
 
 from bitdistill_kernels.decoder import CacheType
 from bitdistill_ray.bench.limits import Place
-from bitdistill_ray.bench.shapes import random_of_shape
+from bitdistill_ray.bench.shapes import RandomHead, random_of_shape
 from bitdistill_ray.bench.timing import synchronize, window
 from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.decode.base import Decoder
@@ -33,6 +33,7 @@ from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.linear import PackedLinear
 
 SIXTEEN_BITS = torch.float16
+HALF_BITS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +61,12 @@ class Speed:
 class Subject:
     """`nbytes` are the canonical bytes that one step reads, `resident` what its memory grew by in this process."""
 
-    def __init__(self, name: str, model: Any, place: Place, load: Load) -> None:
+    def __init__(self, name: str, model: Any, place: Place, load: Load, head: RandomHead | None = None) -> None:
         self.load, self.device = load, place.device
         self.nbytes, self.format = step_bytes(model), _format(model)
-        self.decoder, how = _decoder(model, load)
+        if head:
+            self.nbytes += head.nbytes - 2 * model.get_output_embeddings().weight.numel()
+        self.decoder, how = _decoder(model, load, head)
         self.says = f"{name} ({self.format or 'not packed'}) in {str(model.dtype).partition('.')[2]}, {how}"
         self.resident = 0
 
@@ -83,10 +86,14 @@ class Subject:
         return subject._settled(before)
 
     @classmethod
-    def of_shape(cls, shape: str, spec: QuantSpec | None, place: Place, load: Load) -> Self:
-        """Of a known shape, with random weights."""
+    def of_shape(cls, shape: str, spec: QuantSpec | None, place: Place, load: Load, *, head_bits: int = 16) -> Self:
+        """Of a known shape, with random weights; `head_bits` 4 or 8 packs the head."""
         before = resident_bytes()
-        return cls(shape, random_of_shape(shape, spec), place, load)._settled(before)
+        model = random_of_shape(shape, spec)
+        head = RandomHead.of(model, head_bits) if head_bits < HALF_BITS else None
+        subject = cls(shape, model, place, load, head)
+        del model
+        return subject._settled(before)
 
     def _settled(self, before: int) -> Self:
         """Warm, and its memory measured: what the process holds more than `before`."""
@@ -134,17 +141,23 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def format_of(folder: PackedFolder) -> str:
+    """The format of a packed student, or those that it mixes."""
+    return "+".join(sorted({entry.spec.format.value for entry in folder.manifest.packed.values()}))
+
+
 def _format(model: Any) -> str | None:
     formats = {module.packed.spec.format.value for module in model.modules() if isinstance(module, PackedLinear)}
     return "+".join(sorted(formats)) or None
 
 
-def _decoder(model: Any, load: Load) -> tuple[Decoder, str]:
+def _decoder(model: Any, load: Load, head: RandomHead | None) -> tuple[Decoder, str]:
     """A decoder for the model, the native one where it can, and which it is."""
     sizes = {"slots": load.batch, "slot_tokens": load.slot_tokens}
     if model.device.type == "cpu":
         try:
-            return NativeDecoder(model, **sizes, cache=load.cache), "native"
+            packed = None if head is None else head.weight
+            return NativeDecoder(model, **sizes, cache=load.cache, head=packed), "native"
         except ModelError:
             model.float()
     return TorchDecoder(model, **sizes), "torch"

@@ -37,8 +37,18 @@ class _Sequence:
 class SlotBook:
     """The slots of one cache, and the promises of `Decoder` about them."""
 
-    def __init__(self, slots: int, slot_tokens: int, vocab_size: int, copy: Copy) -> None:
+    def __init__(
+        self,
+        slots: int,
+        slot_tokens: int,
+        vocab_size: int,
+        copy: Copy,
+        *,
+        order: Callable[[], Sequence[int]] | None = None,
+    ) -> None:
+        """`order`: the slots as they are best given away, first one first; by default by number."""
         self.slot_tokens, self.vocab_size, self._copy = slot_tokens, vocab_size, copy
+        self._order = order or (lambda: range(slots))
         self._sequences = [_Sequence() for _ in range(slots)]
         self._freed = 0
 
@@ -105,7 +115,7 @@ class SlotBook:
 
     def _place(self, prefix: Sequence[int]) -> tuple[int, int]:
         """A free slot, and how many tokens of `prefix` it holds now."""
-        free = [slot for slot, sequence in enumerate(self._sequences) if not sequence.live]
+        free = [slot for slot in self._order() if not self._sequences[slot].live]
         if not prefix:
             return free[0], 0
         oldest = min(free, key=lambda slot: self._sequences[slot].freed)

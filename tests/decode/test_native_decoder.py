@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bitdistill_kernels import instruction_sets, set_instruction_set, set_threads, threads
 from bitdistill_kernels.decoder import CacheType
+from bitdistill_ray.bench.shapes import RandomHead
 from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.decode.base import CapacityError, Decoder
 from bitdistill_ray.decode.cache import SlotCache
@@ -20,7 +22,9 @@ from bitdistill_ray.decode.native_decoder import NativeDecoder
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import KernelError, ModelError
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
+from bitdistill_ray.packed import linear
 from bitdistill_ray.packed.model import export_packed, load_packed_model
+from bitdistill_ray.quant import fake_quantize_activation
 from tests.tiny_models import CASES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 IDS = list(range(30, 53))
@@ -121,13 +125,19 @@ def test_packed_students(tmp_path: Path, case: str, subln: SubLN, spec: QuantSpe
     )
 
 
-def test_weight_only_formats_with_int8_activations_on_request(tmp_path: Path, rounded_torch: Any) -> None:
-    folder = packed_folder(tmp_path / "packed", "llama", QuantSpec(format=Format.INT3, group_size=16))
-    model, _ = load_packed_model(folder)
+def test_weight_only_formats_with_int8_activations_on_request(
+    tmp_path: Path, rounded_torch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each group of a token then has a scale of its own."""
+    model, _ = load_packed_model(packed_folder(tmp_path / "a16", "llama", replace(ALL, activation_bits=None)))
     native = read_and_step(NativeDecoder(model, slots=2, slot_tokens=64, activation_bits=8))
-    expected = read_and_step(rounded_torch(load_packed_model(packed_folder(tmp_path / "a8", "llama", ALL))[0],
-                                           CacheType.FP16))  # fmt: skip
-    assert_near(native, expected, most=3e-2, mean=1e-3)
+    reference, _ = load_packed_model(packed_folder(tmp_path / "a8", "llama", ALL), kernels=False)
+    monkeypatch.setattr(
+        linear,
+        "fake_quantize_activation",
+        lambda x, bits: fake_quantize_activation(x.unflatten(-1, (-1, 16)), bits).flatten(-2),
+    )
+    assert_near(native, read_and_step(rounded_torch(reference, CacheType.FP16)), most=3e-2, mean=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -170,6 +180,17 @@ def test_a_sequence_has_the_same_bits_whatever_surrounds_it(tmp_path: Path, cach
                     seen[i].append(logits_V)
         texts.append(torch.stack([torch.stack(seen[i]) for i in seen]))
     assert all(torch.equal(texts[0], other) for other in texts[1:])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("case", ["qwen3", "qwen3-untied"])
+def test_a_packed_head_is_the_embedding_too_where_they_are_tied(case: str, bits: int, rounded_torch: Any) -> None:
+    model = tiny_model(case)
+    head = RandomHead.of(model, bits).weight
+    native = read_and_step(NativeDecoder(model, slots=1, slot_tokens=64, head=head))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(head.rows(torch.arange(VOCAB_SIZE)))
+    assert_near(native, read_and_step(rounded_torch(model, CacheType.FP16)), most=0.1, mean=0.02)
 
 
 @pytest.mark.parametrize("name", instruction_sets()["available"])
