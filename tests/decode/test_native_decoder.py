@@ -21,10 +21,13 @@ from bitdistill_ray.decode.loading import decoder_over, load_decoder, why_not_na
 from bitdistill_ray.decode.native_decoder import NativeDecoder
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import KernelError, ModelError
+from bitdistill_ray.model import linear
+from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
-from bitdistill_ray.packed import linear
-from bitdistill_ray.packed.model import export_packed, load_packed_model
-from bitdistill_ray.quant import fake_quantize_activation
+from bitdistill_ray.packed.linear import PackedLinear
+from bitdistill_ray.packed.model import export_packed
+from bitdistill_ray.packed.weight import pack
+from bitdistill_ray.quant import fake_quantize_activation, quantize
 from tests.tiny_models import CASES, VOCAB_SIZE, tiny_model, tiny_tokenizer
 
 IDS = list(range(30, 53))
@@ -93,12 +96,22 @@ def assert_near(native: Tensor, expected: Tensor, *, most: float, mean: float) -
     assert float(error.mean()) < mean
 
 
-def packed_folder(path: Path, case: str, spec: QuantSpec, subln: SubLN = SubLN.NONE, **config: Any) -> str:
+def student(case: str, spec: QuantSpec, subln: SubLN = SubLN.NONE, **config: Any) -> Any:
+    """A latent student, whose forward pass sees the dequantised weights: the reference."""
     model = tiny_model(case, **config)
     insert_subln(model, subln, gain=0.7)
     quantize_linears(model, spec)
-    export_packed(model, tiny_tokenizer(), path, provenance={})
-    return str(path)
+    return model
+
+
+def packed(model: Any) -> Any:
+    """The same student packed, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear) and module.spec is not None:
+            weight = pack(quantize(module.weight, module.spec))
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, PackedLinear(weight, module.bias, norm=module.norm))
+    return model.requires_grad_(requires_grad=False)
 
 
 @pytest.mark.parametrize(
@@ -114,30 +127,28 @@ def packed_folder(path: Path, case: str, spec: QuantSpec, subln: SubLN = SubLN.N
         ("gemma3", SubLN.NONE, ALL),
     ],
 )  # fmt: skip
-def test_packed_students(tmp_path: Path, case: str, subln: SubLN, spec: QuantSpec, rounded_torch: Any) -> None:
+def test_packed_students(case: str, subln: SubLN, spec: QuantSpec, rounded_torch: Any) -> None:
     """Beside dequantised weights; int8 activations may round to the next integer, as the cache may."""
-    folder = packed_folder(tmp_path / "packed", case, spec, subln)
-    reference, _ = load_packed_model(folder, kernels=False)
-    native = read_and_step(NativeDecoder.load(folder, slots=2, slot_tokens=64))
-    expected = read_and_step(rounded_torch(reference, CacheType.FP16))
-    assert_near(
-        native, expected, most=5e-2 if spec.activation_bits else 3e-3, mean=1e-3 if spec.activation_bits else 2e-4
-    )
+    model = student(case, spec, subln)
+    expected = read_and_step(rounded_torch(model, CacheType.FP16))
+    native = read_and_step(NativeDecoder(packed(model), slots=2, slot_tokens=64))
+    rounds = spec.activation_bits is not None
+    assert_near(native, expected, most=5e-2 if rounds else 3e-3, mean=1e-3 if rounds else 2e-4)
 
 
 def test_weight_only_formats_with_int8_activations_on_request(
-    tmp_path: Path, rounded_torch: Any, monkeypatch: pytest.MonkeyPatch
+    rounded_torch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each group of a token then has a scale of its own."""
-    model, _ = load_packed_model(packed_folder(tmp_path / "a16", "llama", replace(ALL, activation_bits=None)))
+    model = packed(student("llama", replace(ALL, activation_bits=None)))
     native = read_and_step(NativeDecoder(model, slots=2, slot_tokens=64, activation_bits=8))
-    reference, _ = load_packed_model(packed_folder(tmp_path / "a8", "llama", ALL), kernels=False)
     monkeypatch.setattr(
         linear,
         "fake_quantize_activation",
         lambda x, bits: fake_quantize_activation(x.unflatten(-1, (-1, 16)), bits).flatten(-2),
     )
-    assert_near(native, read_and_step(rounded_torch(reference, CacheType.FP16)), most=3e-2, mean=1e-3)
+    expected = read_and_step(rounded_torch(student("llama", ALL), CacheType.FP16))
+    assert_near(native, expected, most=3e-2, mean=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -160,9 +171,9 @@ def test_scaled_rope_is_that_of_transformers(rounded_torch: Any) -> None:
 
 
 @pytest.mark.parametrize("cache", CacheType)
-def test_a_sequence_has_the_same_bits_whatever_surrounds_it(tmp_path: Path, cache: CacheType) -> None:
+def test_a_sequence_has_the_same_bits_whatever_surrounds_it(cache: CacheType) -> None:
     """Alone or among others, read in chunks of any size, by one thread or three."""
-    model, _ = load_decoder(packed_folder(tmp_path / "packed", "gemma3", ALL, SubLN.OUTPUTS))
+    model = packed(student("gemma3", ALL, SubLN.OUTPUTS))
     texts = []
     for chunk, together, count in ((64, False, 1), (3, False, 1), (7, True, 1), (64, True, 3)):
         set_threads(count)
@@ -296,18 +307,18 @@ def test_what_is_chosen_and_why_not(tmp_path: Path, capsys: pytest.CaptureFixtur
     plain = tiny_model("llama")
     assert isinstance(decoder_over(plain, slots=1, slot_tokens=16), TorchDecoder)
     assert why_not_native(plain) == "a model that is not packed"
-    model, _ = load_decoder(packed_folder(tmp_path / "packed", "llama", ALL))
+    export_packed(student("llama", ALL), tiny_tokenizer(), tmp_path / "packed", provenance={})
+    model, _ = load_decoder(str(tmp_path / "packed"))
     assert isinstance(decoder_over(model, slots=1, slot_tokens=16), NativeDecoder)
     assert model.dtype is torch.float16
     assert capsys.readouterr().err == ""
-    relu, _ = load_decoder(packed_folder(tmp_path / "relu", "llama", ALL, hidden_act="relu"))
+    export_packed(student("llama", ALL, hidden_act="relu"), tiny_tokenizer(), tmp_path / "relu", provenance={})
+    relu, _ = load_decoder(str(tmp_path / "relu"))
     assert isinstance(decoder_over(relu, slots=1, slot_tokens=16), TorchDecoder)
     assert relu.dtype is torch.float32
     assert "the activation 'relu'. It runs silu, gelu_pytorch_tanh" in capsys.readouterr().err
-    latent = tiny_model("llama")
-    quantize_linears(latent, ALL)
     with pytest.raises(ModelError, match="a latent quantised linear"):
-        NativeDecoder(latent)
+        NativeDecoder(student("llama", ALL))
     dynamic = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(ModelError, match="RoPE of type 'dynamic'"):
         NativeDecoder(dynamic)
