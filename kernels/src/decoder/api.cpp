@@ -26,7 +26,7 @@ int bdk_decoder_create(const bdk_model* model, int64_t slots, int64_t slot_token
   if (!cache_fits(*model, slots, slot_tokens)) return BDK_NO_MEMORY;
   try {
     auto made = std::make_unique<bdk_decoder>(*model, slots, slot_tokens, static_cast<bdk_cache_type>(cache_type));
-    if (!made->allocate()) return BDK_NO_MEMORY;
+    if (!made->prepare()) return BDK_NO_MEMORY;
     *decoder = made.release();
     return BDK_OK;
   } catch (const std::bad_alloc&) {

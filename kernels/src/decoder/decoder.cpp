@@ -3,12 +3,27 @@
 #include <algorithm>
 
 #include "forward.h"
+#include "huge_pages.h"
 
 namespace {
 
 constexpr std::int64_t kPassTokens = 256;  // bounds the room for activations, and is what a product stages at a time
 
 }  // namespace
+
+bool bdk_decoder::prepare() {
+  const auto gather = [](const bdk_linear& linear) {
+    const std::int64_t width = linear.value_type == BDK_VALUE_FP32 ? 4 : 2;
+    if (linear.packed == nullptr) bdk::gather_pages(linear.dense, linear.rows * linear.columns * width);
+  };
+  gather(model_.sizes().embedding);
+  if (model_.sizes().head.dense != model_.sizes().embedding.dense) gather(model_.sizes().head);
+  for (const bdk_layer& layer : model_.layers())
+    for (const bdk_linear* linear :
+         {&layer.query, &layer.key, &layer.value, &layer.output, &layer.gate, &layer.up, &layer.down})
+      gather(*linear);
+  return cache_.allocate();
+}
 
 bool bdk_decoder::in_range(const bdk::Request& request) const {
   std::int64_t tokens = 0;

@@ -29,7 +29,8 @@ struct bdk_decoder {
   bdk_decoder(const bdk_model& model, std::int64_t slots, std::int64_t tokens, bdk_cache_type type)
       : model_(model), cache_(model_.sizes(), slots, tokens, type) {}
 
-  bool allocate() { return cache_.allocate(); }
+  // False where memory is short.
+  bool prepare();
   // A status of enum bdk_status; nothing is computed where a number is out of range.
   int forward(const bdk::Request& request);
   int copy(std::int64_t from, std::int64_t to, std::int64_t tokens);
