@@ -6,6 +6,7 @@ the model it came from are compared on the same runtime.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import time
@@ -99,6 +100,8 @@ class Subject:
         """Warm, and its memory measured: what the process holds more than `before`."""
         self.decode(1)
         gc.collect()
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what glibc keeps for later is not the model's
+            trim(0)
         self.resident = resident_bytes() - before
         return self
 
