@@ -68,15 +68,14 @@ def demonstrate(config: Config) -> None:
 def ask_decoder(source: str) -> Answer:
     """Greedy answer of a model in this process."""
     from bitdistill_ray.decode.generation import generate
-    from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
+    from bitdistill_ray.decode.loading import decoder_over, load_decoder, stop_ids
     from bitdistill_ray.decode.sampling import Sampling
-    from bitdistill_ray.decode.torch_decoder import TorchDecoder
 
-    model, tokenizer = load_for_decoding(source, device="cpu")
+    model, tokenizer = load_decoder(source, device="cpu")
     messages = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    decoder = TorchDecoder(model, slots=1, slot_tokens=len(ids) + ANSWER_TOKENS)
+    decoder = decoder_over(model, slots=1, slot_tokens=len(ids) + ANSWER_TOKENS)
     clock: list[float] = []
     greedy = Sampling(temperature=0, max_tokens=ANSWER_TOKENS)
     (text,) = generate(decoder, [ids], greedy, stop_ids=stop_ids(model, tokenizer),

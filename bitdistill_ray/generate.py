@@ -43,23 +43,30 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--repetition-penalty", type=float, default=1.0)
     command.add_argument("--presence-penalty", type=float, default=0.0)
     command.add_argument("--frequency-penalty", type=float, default=0.0)
+    command.add_argument("--logit-bias", action="append", default=[], metavar="TOKEN=BIAS", type=bias)
     command.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up")
     command.add_argument("--device", default="cpu")
     return command
 
 
+def bias(text: str) -> tuple[int, float]:
+    """`TOKEN=BIAS`, a token's id and the number added to its logit."""
+    token, _, number = text.partition("=")
+    return int(token), float(number)
+
+
 def write_texts(options: argparse.Namespace) -> None:
     """Load, generate, print.  Raises BitdistillError."""
     from bitdistill_ray.decode.generation import generate
-    from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
+    from bitdistill_ray.decode.loading import decoder_over, load_decoder, stop_ids
     from bitdistill_ray.decode.sampling import Sampling
-    from bitdistill_ray.decode.torch_decoder import TorchDecoder
 
-    sampling = Sampling(**{field.name: getattr(options, field.name) for field in fields(Sampling)})
-    model, tokenizer = load_for_decoding(options.model, device=options.device)
+    given = {field.name: getattr(options, field.name) for field in fields(Sampling)}
+    sampling = Sampling(**given | {"logit_bias": tuple(options.logit_bias)})
+    model, tokenizer = load_decoder(options.model, device=options.device)
     prompts = [encode(tokenizer, prompt, chat=options.chat) for prompt in options.prompt]
     longest = max(len(prompt) for prompt in prompts)
-    decoder = TorchDecoder(model, slots=len(prompts), slot_tokens=longest + sampling.max_tokens)
+    decoder = decoder_over(model, slots=len(prompts), slot_tokens=longest + sampling.max_tokens)
     stream = Stream(tokenizer) if len(prompts) == 1 else None
     texts = generate(
         decoder, prompts, sampling, stop_ids=stop_ids(model, tokenizer), on_token=stream.write if stream else None

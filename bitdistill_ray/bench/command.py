@@ -1,9 +1,10 @@
-"""python -m bitdistill_ray.bench kernels|decode|teacher|train|data [--device cpu|cuda] [--threads N] [--json FILE] …
+"""python -m bitdistill_ray.bench kernels|decode|serve|teacher|train|data [--device D] [--threads N] [--json FILE] …
 
 Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
 
     kernels   low-bit products alone, for one token and for 128
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
+    serve     a server over HTTP beside the decoder alone: one stream, several, overload, a soak with killed replicas
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
               top-k answers cost in the cache
     train     a training step: what the live teacher, the quantisers, the chunked loss and further workers cost
@@ -24,6 +25,7 @@ from bitdistill_ray.storage import write_json
 FORMATS = "ternary,int2,int3,nf3"
 SHAPES = "4096x4096"
 TRAINING = "steps,loss,scale"
+SERVING = "stream,streams,overload,soak"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,11 +49,30 @@ def parser() -> argparse.ArgumentParser:
     decode = kinds.add_parser("decode", parents=[shared])
     decode.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
     decode.add_argument("--baseline", metavar="MODEL", help="another model, beside MODEL")
-    decode.add_argument("--formats", help="of random students (default nf3)")
+    decode.add_argument("--shape", metavar="NAME", help="random weights of a known shape, in place of MODEL")
+    decode.add_argument("--formats", help="of random students, or fp16 with --shape (default nf3)")
+    decode.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="of the packed, with --shape")
+    decode.add_argument("--cache", choices=("fp16", "int8"), default="fp16", help="of the native decoder")
     decode.add_argument("--batch", type=int, default=4, help="sequences, beside one alone (default 4)")
-    decode.add_argument("--prompt-tokens", type=int, default=64)
-    decode.add_argument("--new-tokens", type=int, default=16)
+    decode.add_argument("--prompt-tokens", type=int, default=128)
+    decode.add_argument("--new-tokens", type=int, default=32)
     decode.set_defaults(run=_decode)
+
+    serve = kinds.add_parser("serve", parents=[shared])
+    serve.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
+    serve.add_argument("--formats", help="of random students (default int2)")
+    serve.add_argument("--only", default=SERVING, metavar="PART,…", help=f"some of {SERVING}")
+    serve.add_argument("--streams", type=int, default=16, help="clients at once, and slots (default 16)")
+    serve.add_argument("--queue", type=int, default=16, help="places beyond the slots (default 16)")
+    serve.add_argument("--prompt-tokens", type=int, default=64)
+    serve.add_argument("--new-tokens", type=int, default=64)
+    serve.add_argument("--overload-s", type=float, default=10, help="seconds (default 10)")
+    serve.add_argument("--soak-s", type=float, default=20, help="seconds (default 20)")
+    serve.add_argument("--kill-every-s", type=float, default=10, help="seconds between killed replicas (default 10)")
+    serve.add_argument(
+        "--against", metavar="URL", help="another server with /v1/completions, beside this one's streams"
+    )
+    serve.set_defaults(run=_serve)
 
     teacher = kinds.add_parser("teacher", parents=[shared])
     teacher.add_argument("--model", metavar="SOURCE", help="default: a random one")
@@ -120,20 +141,56 @@ def _kernels(options: argparse.Namespace) -> list[Row]:
 def _decode(options: argparse.Namespace) -> list[Row]:
     import torch
 
+    from bitdistill_kernels.decoder import CacheType
     from bitdistill_ray.bench import decode, kernels
     from bitdistill_ray.bench.limits import Place
     from bitdistill_ray.bench.models import Size
+    from bitdistill_ray.bench.subject import Load
 
     if options.model and options.formats:
         raise ConfigError("--formats", "given with MODEL, which has one", "Leave one of them away")
     if options.baseline and not options.model:
         raise ConfigError("--baseline", "given without MODEL", "Name the model to measure")
-    load = decode.Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+    if options.shape and options.model:
+        raise ConfigError("--shape", "given with MODEL", "Leave one of them away")
+    load = Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
+                cache=CacheType[options.cache.upper()])  # fmt: skip
     place = Place.of(torch.device(options.device), options.threads)
     if options.model:
         return decode.measure(options.model, options.baseline, load, place)
-    specs = [kernels.parse_format(name) for name in (options.formats or "nf3").split(",")]
+    names = (options.formats or "nf3").split(",")
+    if options.shape:
+        every = [None if name == "fp16" else kernels.parse_format(name) for name in names]
+        return decode.measure_shape(options.shape, every, load, place, head_bits=options.head_bits)
+    specs = [kernels.parse_format(name) for name in names]
     return decode.measure_random(specs, Size(), load, place)
+
+
+def _serve(options: argparse.Namespace) -> list[Row]:
+    from bitdistill_ray.bench import kernels, serve
+    from bitdistill_serve.options import ServeOptions
+
+    parts = options.only.split(",")
+    for part in parts:
+        if part not in serve.PARTS:
+            raise ConfigError("--only", part, f"Give some of {SERVING}")
+    if options.model and options.formats:
+        raise ConfigError("--formats", "given with MODEL, which has one", "Leave one of them away")
+    load = serve.Load(
+        streams=options.streams,
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        overload_s=options.overload_s,
+        soak_s=options.soak_s,
+        kill_every_s=options.kill_every_s,
+    )
+    own = ServeOptions.parse({"model": options.model or "random", "device": options.device, "threads": options.threads,
+                              "slots": options.streams, "queue": options.queue,
+                              "slot_tokens": options.prompt_tokens + options.new_tokens + 1})  # fmt: skip
+    if options.model:
+        return serve.measure(own, load, parts, against=options.against)
+    specs = [kernels.parse_format(name) for name in (options.formats or "int2").split(",")]
+    return serve.measure_random(specs, own, load, parts, against=options.against)
 
 
 def _teacher(options: argparse.Namespace) -> list[Row]:

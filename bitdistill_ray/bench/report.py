@@ -32,6 +32,7 @@ class Unit(StrEnum):
     BYTES = "B"
     MIB = "MiB"
     PERCENT = "%"
+    COUNT = "count"
 
     @property
     def lower_is_better(self) -> bool:

@@ -11,6 +11,9 @@ step between two chunks of a long prompt:
     logits_BV = decoder.step([slot, other], [token, other_token])
     decoder.free(slot)                              # at the end, or the moment a client hangs up
 
+Where a prompt is to be scored and not only continued, `read` takes the place of `prefill`: it gives the logits after
+each token of a chunk, so that nobody holds [T, V] of a long prompt.
+
 Both `prefill` and `step` take several slots and run them as one batch; sequences of different lengths share it.
 A decoder is not thread-safe: one thread drives it (an engine gives it a thread of its own).  All calls finish their
 work before they return, on a GPU up to the stream's order.
@@ -78,9 +81,11 @@ class Decoder(Protocol):
         """Where the logits lie."""
         ...
 
-    def admit(self, ids: Sequence[int]) -> int:
-        """Give the prompt `ids` a slot and return it.  Nothing is computed until `prefill`.
+    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
+        """Give the prompt `ids` a slot and return it.  Nothing is computed until `prefill` or `read`.
 
+        Up to `reuse` of its first tokens may be taken from sequences that live in the cache or did, where those began
+        with the same tokens: `length` then tells how many were.  The last token is always read, for its logits.
         Raises CapacityError when no slot is free or the prompt leaves no room for one generated token, ModelError
         when the prompt is empty or an id lies outside the vocabulary.
         """
@@ -102,6 +107,10 @@ class Decoder(Protocol):
         """
         ...
 
+    def read(self, slot: int, max_tokens: int) -> Tensor:
+        """Read up to `max_tokens` more prompt tokens of `slot`: the fp32 logits after each of them, [t, V]."""
+        ...
+
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """Append one token to each slot and return the fp32 logits_BV of what follows, one row for each of `slots`.
 
@@ -110,5 +119,5 @@ class Decoder(Protocol):
         ...
 
     def free(self, slot: int) -> None:
-        """Give the slot back, also in the middle of a prefill.  Its cache is forgotten."""
+        """Give the slot back, also in the middle of a prefill.  What it held may serve an `admit` with `reuse`."""
         ...

@@ -142,6 +142,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
         """Exchange the first `live` tokens of two rows, in every layer."""
         self.kv[:, :, [row, other], :, :live] = self.kv[:, :, [other, row], :, :live]
 
+    def copy(self, row: int, other: int, live: int) -> None:
+        """Write the first `live` tokens of `row` over those of `other`, in every layer."""
+        self.kv[:, :, other, :, :live] = self.kv[:, :, row, :, :live]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that this pass sees (transformers asks; positions are always given explicitly)."""
         return self._live

@@ -1,8 +1,9 @@
-"""From logits to tokens: temperature, top-k, top-p, min-p, penalties, and a seed for each request.
+"""From logits to tokens: what is allowed, biases, penalties, temperature, top-k, top-p, min-p, a seed for each request.
 
-A pure function of logits and history.  The order is the one of transformers and vLLM: penalties, temperature, top-k,
-top-p (of what top-k left), min-p.  A row's draw is by inversion: with u uniform in [0, 1) and P the cumulative sum of
-the kept probabilities in the order of the vocabulary, the token is the first whose P exceeds u * P_total.
+A pure function of logits and history.  The order is the one of transformers and vLLM: the tokens that a grammar allows,
+biases, penalties, temperature, top-k, top-p (of what top-k left), min-p.  A row's draw is by inversion: with u uniform
+in [0, 1) and P the cumulative sum of the kept probabilities in the order of the vocabulary, the token is the first
+whose P exceeds u * P_total.
 
 The uniform number is a hash of (seed, index of the token), not the state of a generator (Salmon et al., "Parallel
 random numbers: as easy as 1, 2, 3", 2011).  So a sequence's text depends on its own seed and logits, never on what
@@ -36,6 +37,7 @@ class Sampling:
     repetition_penalty  divides positive logits of tokens in the prompt or the text, multiplies negative ones
     presence_penalty    subtracted from the logits of tokens in the text (not the prompt)
     frequency_penalty   subtracted once for each time a token occurs in the text
+    logit_bias          (token, number added to its logit) pairs
     """
 
     max_tokens: int = 256
@@ -46,6 +48,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -58,6 +61,10 @@ class Sampling:
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "presence_penalty": (abs(self.presence_penalty) <= 100, "between -100 and 100"),
             "frequency_penalty": (abs(self.frequency_penalty) <= 100, "between -100 and 100"),
+            "logit_bias": (
+                all(t >= 0 and abs(b) <= 100 for t, b in self.logit_bias),
+                "between -100 and 100 for tokens",
+            ),
         }
         for name, (is_legal, wanted) in legal.items():
             if not is_legal:
@@ -76,11 +83,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One row's request and its tokens so far."""
+    """One row's request and its tokens so far; `allowed_V` is true for the tokens that may come next (None: all)."""
 
     sampling: Sampling
     prompt: Sequence[int]
     generated: Sequence[int]
+    allowed_V: Tensor | None = None
 
 
 def uniform(seed: int, index: int) -> float:
@@ -99,6 +107,8 @@ def _mix(x: int) -> int:
 
 def sample(logits_BV: Tensor, rows: Sequence[History]) -> list[int]:
     """Choose the next token of every row from fp32 logits; `logits_BV` is left as it was."""
+    if any(row.allowed_V is not None or row.sampling.logit_bias for row in rows):
+        logits_BV = steered(logits_BV, rows)
     if any(row.sampling.penalises for row in rows):
         logits_BV = penalised(logits_BV, rows)
     tokens_B = logits_BV.argmax(dim=-1)
@@ -113,6 +123,18 @@ def sample(logits_BV: Tensor, rows: Sequence[History]) -> list[int]:
         drawn_n1 = torch.searchsorted(cumulative_nV, target_n1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
         tokens_B[drawn] = drawn_n1[:, 0]
     return [int(token) for token in tokens_B.tolist()]
+
+
+def steered(logits_BV: Tensor, rows: Sequence[History]) -> Tensor:
+    """Logits with each row's biases added, and -inf where a token is not allowed; a new tensor."""
+    logits_BV = logits_BV.clone()
+    for logits_V, row in zip(logits_BV, rows, strict=True):
+        if row.sampling.logit_bias:
+            tokens, biases = zip(*row.sampling.logit_bias, strict=True)
+            logits_V[list(tokens)] += torch.tensor(biases, dtype=logits_V.dtype, device=logits_V.device)
+        if row.allowed_V is not None:
+            logits_V.masked_fill_(~row.allowed_V.to(logits_V.device), -torch.inf)
+    return logits_BV
 
 
 def penalised(logits_BV: Tensor, rows: Sequence[History]) -> Tensor:

@@ -8,29 +8,19 @@ are replayed from CUDA graphs (`step_graphs.py`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bitdistill_ray.decode.base import CapacityError
 from bitdistill_ray.decode.cache import SlotCache
+from bitdistill_ray.decode.slot_book import SlotBook
 from bitdistill_ray.decode.step_graphs import StepGraphs
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.heads import LMHead
 
 MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take an additive 4-D mask
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """The state of one slot: its prompt and how many of its tokens the cache holds."""
-
-    prompt: list[int] = field(default_factory=list)
-    length: int = 0
-    live: bool = False
 
 
 class TorchDecoder:
@@ -55,9 +45,11 @@ class TorchDecoder:
         devices = {parameter.device for parameter in model.parameters()}
         replayed = (self._device.type == "cuda" and len(devices) == 1) if graphs is None else graphs
         self._graphs = StepGraphs(self._cache, self._run) if replayed else None
-        self._sequences = [_Sequence() for _ in range(slots)]
         self._row_of_slot = list(range(slots))
         self._slot_of_row = list(range(slots))
+        self._book = SlotBook(
+            slots, self._slot_tokens, int(config.vocab_size), self._copy, order=lambda: self._slot_of_row
+        )
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu", *, slots: int = 8, slot_tokens: int = 2048) -> Self:
@@ -69,7 +61,7 @@ class TorchDecoder:
 
     @property
     def slots(self) -> int:
-        return len(self._sequences)
+        return self._book.slots
 
     @property
     def slot_tokens(self) -> int:
@@ -81,49 +73,31 @@ class TorchDecoder:
 
     @property
     def free_slots(self) -> int:
-        return sum(not sequence.live for sequence in self._sequences)
+        return self._book.free_slots
 
     @property
     def vocab_size(self) -> int:
-        return int(self.model.config.vocab_size)
+        return self._book.vocab_size
 
     @property
     def device(self) -> torch.device:
         return self._device
 
-    def admit(self, ids: Sequence[int]) -> int:
-        if not ids:
-            raise ModelError("prompt", "has no tokens", "Give at least one token, such as the model's bos token")
-        if outside := [token for token in ids if not 0 <= token < self.vocab_size]:
-            raise ModelError("prompt", f"token {outside[0]} is not in a vocabulary of {self.vocab_size}",
-                             "Use the tokenizer that belongs to the model")  # fmt: skip
-        if len(ids) >= self.slot_tokens:
-            raise CapacityError("prompt", f"{len(ids)} tokens leave no room in a slot of {self.slot_tokens}",
-                                "Shorten the prompt, or load the decoder with a larger slot_tokens")  # fmt: skip
-        for slot in self._slot_of_row:  # the lowest free row keeps the live rows together
-            if not self._sequences[slot].live:
-                self._sequences[slot] = _Sequence(list(ids), live=True)
-                return slot
-        raise CapacityError(
-            "decoder", f"all {self.slots} slots are taken", "Free one first, or load it with more slots"
-        )
+    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
+        return self._book.admit(ids, reuse)
 
     def pending(self, slot: int) -> int:
-        return max(0, len(self._sequences[slot].prompt) - self._sequences[slot].length)
+        return self._book.pending(slot)
 
     def length(self, slot: int) -> int:
-        return self._sequences[slot].length
+        return self._book.length(slot)
 
     def free(self, slot: int) -> None:
-        self._sequences[slot] = _Sequence()
+        self._book.free(slot)
 
     def prefill(self, slots: Sequence[int], max_tokens: int) -> list[Tensor | None]:
-        self._check(slots, pending=True)
-        chunks = []
-        for slot in slots:
-            sequence = self._sequences[slot]
-            chunks.append(sequence.prompt[sequence.length : sequence.length + max_tokens])
-        last_BD = self._forward(slots, chunks)
+        chunks = self._book.chunks(slots, max_tokens)
+        last_BD = self._last(slots, chunks)
         ready = [i for i, slot in enumerate(slots) if not self.pending(slot)]
         logits: list[Tensor | None] = [None] * len(slots)
         if ready:
@@ -131,30 +105,21 @@ class TorchDecoder:
                 logits[i] = logits_V
         return logits
 
+    def read(self, slot: int, max_tokens: int) -> Tensor:
+        hidden_1TD, _ = self._forward([slot], self._book.chunks([slot], max_tokens))
+        return self._logits(hidden_1TD[0])
+
     def step(self, slots: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        self._check(slots, pending=False)
-        for slot in slots:
-            if self._sequences[slot].length >= self.slot_tokens:
-                raise CapacityError(
-                    f"slot {slot}",
-                    f"holds {self.slot_tokens} tokens, its limit",
-                    "Finish the sequence there, or load the decoder with a larger slot_tokens",
-                )
+        chunks = self._book.append(slots, tokens)
         self._bring_together(slots)
         if self._graphs is None:
-            return self._logits(self._forward(slots, [[token] for token in tokens]))
+            return self._logits(self._last(slots, chunks))
         logits_BV = self._graphs([self._row_of_slot[slot] for slot in slots], [self.length(s) for s in slots], tokens)
-        for slot in slots:
-            self._sequences[slot].length += 1
+        self._book.hold(slots, chunks)
         return logits_BV
 
-    def _check(self, slots: Sequence[int], *, pending: bool) -> None:
-        """A caller's mistakes would corrupt other sequences silently; they are bugs, so they are ValueErrors."""
-        if len(set(slots)) != len(slots) or not slots:
-            raise ValueError(f"slots {list(slots)} must be named once each")
-        for slot in slots:
-            if not self._sequences[slot].live or (self.pending(slot) > 0) is not pending:
-                raise ValueError(f"slot {slot} is {'not waiting for prefill' if pending else 'not ready to step'}")
+    def _copy(self, slot: int, other: int, tokens: int) -> None:
+        self._cache.copy(self._row_of_slot[slot], self._row_of_slot[other], tokens)
 
     def _bring_together(self, slots: Sequence[int]) -> None:
         """Swap cache rows until `slots` fill neighbouring rows; no work when they already do."""
@@ -168,9 +133,14 @@ class TorchDecoder:
             self._row_of_slot[slot], self._row_of_slot[other] = hole, row
             self._slot_of_row[hole], self._slot_of_row[row] = slot, other
 
+    def _last(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
+        """`_forward`, and of each slot the output at its chunk's last token, [B, D]."""
+        hidden_BTD, rows = self._forward(slots, chunks)
+        return hidden_BTD[rows, [len(chunk) - 1 for chunk in chunks]]
+
     @torch.inference_mode()
-    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
-        """Append `chunks[i]` to `slots[i]`; returns the base model's output at each chunk's last token, [B, D]."""
+    def _forward(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+        """Append `chunks[i]` to `slots[i]`; returns the base model's output and which of its rows is slot i's."""
         order = sorted(range(len(slots)), key=lambda i: self._row_of_slot[slots[i]])
         counts = [len(chunks[i]) for i in order]
         width = max(counts)
@@ -179,11 +149,9 @@ class TorchDecoder:
             [self._row_of_slot[slots[i]] for i in order], [self.length(slots[i]) for i in order], counts
         )
         hidden_BTD = self._hidden(ids_BT, positions_BT, mask)
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self._sequences[slot].length += len(chunk)
+        self._book.hold(slots, chunks)
         place = {i: at for at, i in enumerate(order)}  # from the caller's order to the order of rows
-        asked = [place[i] for i in range(len(slots))]
-        return hidden_BTD[asked, [counts[at] - 1 for at in asked]]
+        return hidden_BTD, [place[i] for i in range(len(slots))]
 
     def _hidden(self, ids_BT: Tensor, positions_BT: Tensor, mask: Any) -> Tensor:
         hidden_BTD: Tensor = self._base(

@@ -15,9 +15,8 @@ import numpy as np
 from torch import nn
 
 from bitdistill_ray.decode.generation import generate
-from bitdistill_ray.decode.loading import stop_ids
+from bitdistill_ray.decode.loading import decoder_over, stop_ids
 from bitdistill_ray.decode.sampling import Sampling
-from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluate_config import WritingConfig
 from bitdistill_ray.evaluation.metric import RESAMPLES, Metric, bootstrap
@@ -47,7 +46,7 @@ def write(model: Any, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) 
     """The greedy continuation of every row's prompt."""
     prompts = [prompt_ids(tokenizer, row, task) for row in rows]
     longest = max(map(len, prompts)) + task.max_new_tokens
-    decoder = TorchDecoder(model, slots=min(task.batch, len(prompts)), slot_tokens=longest)
+    decoder = decoder_over(model, slots=min(task.batch, len(prompts)), slot_tokens=longest)
     sampling = Sampling(max_tokens=task.max_new_tokens, temperature=0)
     texts = generate(decoder, prompts, sampling, stop_ids=stop_ids(model, tokenizer))
     decoded: list[str] = tokenizer.batch_decode([list(text.ids) for text in texts], skip_special_tokens=True)

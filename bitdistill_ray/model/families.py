@@ -27,6 +27,8 @@ class Family:
     outputs: tuple[str, ...] = ("o_proj", "down_proj")  # write into the residual stream: SubLN's two places
     attention_norm: str = "input_layernorm"  # in a layer: what q, k and v read
     ffn_norm: str = "post_attention_layernorm"  # what gate and up read
+    attention_out_norm: str | None = None  # what attention gives, before it is added; None: no norm there
+    ffn_out_norm: str | None = None  # the same of the MLP
     gain_offset: float = 0.0  # a norm multiplies by its weight plus this
     softcap_key: str | None = None  # config key of c in logits = c tanh(logits / c)
     mask_of_each_kind: bool = True  # takes attention masks by a layer's kind, and not one for all layers
@@ -41,6 +43,8 @@ FAMILIES = {
         Family(
             model_type="gemma3_text",
             ffn_norm="pre_feedforward_layernorm",
+            attention_out_norm="post_attention_layernorm",
+            ffn_out_norm="post_feedforward_layernorm",
             gain_offset=1.0,
             softcap_key="final_logit_softcapping",
         ),

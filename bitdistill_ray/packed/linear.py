@@ -71,12 +71,19 @@ class PackedLinear(PackedModule):
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.kind()}, activation_bits={self.packed.spec.activation_bits}"
 
-    def _multiply(self, input: Tensor) -> Tensor:
+    def repacked(self) -> Weight:
+        """The compiled kernels' copy of the weight, made at the first call.
+
+        Raises KernelError where the kernels are not built or do not support it.
+        """
         if self._kernel_weight is None:
             self._kernel_weight = kernel_weight(self.packed)
+        return self._kernel_weight
+
+    def _multiply(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().float()
         bits = self.packed.spec.activation_bits
-        output: Tensor = self._kernel_weight.matmul(input.detach().float(), bias=bias, activation_bits=bits)
+        output: Tensor = self.repacked().matmul(input.detach().float(), bias=bias, activation_bits=bits)
         return output.to(input.dtype)
 
     def moved(self) -> None:

@@ -1,7 +1,7 @@
 """`python -m bitdistill_kernels.build`: compile the kernels into this package, for a checkout without a wheel.
 
 Needs CMake 3.20 and a C++17 compiler.  Objects go to `build/kernels` in the checkout, and only what changed is compiled
-again.  `--sanitize` instead builds and runs the C++ test driver under AddressSanitizer and
+again.  `--sanitize` instead builds and runs the C++ test drivers under AddressSanitizer and
 UndefinedBehaviorSanitizer in `build/kernels-sanitize`, and leaves the package as it is.
 """
 
@@ -19,10 +19,11 @@ from bitdistill_ray.errors import KernelError
 
 PACKAGE = Path(__file__).resolve().parent
 SOURCES = PACKAGE.parent
+DRIVERS = ("kernel_driver", "decoder_driver")
 
 
 def build(*, sanitize: bool = False) -> Path:
-    """Configure and compile; returns the library in the package, or the test driver with `sanitize`.
+    """Configure and compile; returns the library in the package, or the folder of the test drivers with `sanitize`.
 
     Raises KernelError where the sources or CMake are missing, or the compiler fails.
     """
@@ -46,7 +47,7 @@ def build(*, sanitize: bool = False) -> Path:
     )
     _run([cmake, "--build", str(folder)])
     if sanitize:
-        return folder / "kernel_driver"
+        return folder
     fresh = PACKAGE / (LIBRARY_NAME + ".new")  # replaced in one step: a process that has it open keeps the old file
     shutil.copy2(folder / LIBRARY_NAME, fresh)
     os.replace(fresh, PACKAGE / LIBRARY_NAME)
@@ -63,15 +64,16 @@ def _run(command: list[str]) -> None:
 def main() -> int:
     """Entry point; 0, or 2 with one line about what was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bitdistill_kernels.build", description="Compile the CPU kernels.")
-    parser.add_argument("--sanitize", action="store_true", help="build and run the C++ test driver under sanitizers")
+    parser.add_argument("--sanitize", action="store_true", help="build and run the C++ test drivers under sanitizers")
     try:
         made = build(sanitize=parser.parse_args().sanitize)
     except KernelError as error:
         print(error, file=sys.stderr)
         return 2
     print(made)
-    sanitizing = made.name != LIBRARY_NAME
-    return subprocess.run([str(made)], check=False).returncode if sanitizing else 0
+    if made.name == LIBRARY_NAME:
+        return 0
+    return int(any(subprocess.run([str(made / driver)], check=False).returncode for driver in DRIVERS))
 
 
 if __name__ == "__main__":

@@ -104,6 +104,11 @@ class Weight:
         raise KernelError("weight", "holds memory of this process", "Send the packed bytes and create it again there")
 
     @property
+    def handle(self) -> int:
+        """The library's pointer, valid while this object lives."""
+        return self._handle
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the repacked weight: a little more than the canonical ones, because tiles are padded."""
         return int(library().bdk_weight_bytes(self._handle))

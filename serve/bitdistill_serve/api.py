@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from bitdistill_ray.errors import BitdistillError
-from bitdistill_serve.answers import Answer, ChatAnswer, CompletionAnswer, api_error, events, whole
-from bitdistill_serve.batch import Generation
+from bitdistill_serve import metrics
+from bitdistill_serve.answers import Answer, ChatAnswer, CompletionAnswer, collected, events, whole
+from bitdistill_serve.classify import classification
 from bitdistill_serve.engine import Status, Stream
-from bitdistill_serve.protocol import (
-    ApiError,
-    ChatCompletionRequest,
-    CompletionRequest,
-    ErrorBody,
-    ErrorType,
-    GenerationRequest,
-    Model,
-    ModelList,
-    validation_error,
-)
+from bitdistill_serve.errors import ApiError, ErrorBody, ErrorType, api_error, validation_error
+from bitdistill_serve.generation import Generation
+from bitdistill_serve.guard import Guard, error_response
+from bitdistill_serve.page import POLICY, page
+from bitdistill_serve.rates import Client
+from bitdistill_serve.replies import ChatCompletion, Classification, Completion, HealthReport, Model, ModelList
+from bitdistill_serve.requests import ChatCompletionRequest, ClassifyRequest, CompletionRequest, GenerationRequest
 from bitdistill_serve.service import Service
 
-KNOWN_ERRORS: dict[int | str, dict[str, Any]] = {s: {"model": ErrorBody} for s in (400, 404, 429, 500, 503)}
+REFUSALS = {
+    400: "a parameter is wrong",
+    401: "no valid API key",
+    404: "no such model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "not JSON",
+    429: "the queue is full, or a rate is used up",
+    431: "too many headers",
+    500: "a bug, or a decoder that failed",
+    503: "no slot in time, or the engine has ended",
+    504: "it took too long",
+}
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its stream"}
+}
+
+
+def _refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody, "description": REFUSALS[status]} for status in statuses}
+
+
+GET_REFUSALS = _refusals(401, 404, 429, 431, 500)
+POST_REFUSALS = _refusals(*REFUSALS)
 
 
 class EventStream(StreamingResponse):
@@ -50,11 +70,23 @@ class EventStream(StreamingResponse):
 
 def create_api(service: Callable[[], Service]) -> FastAPI:
     """The application; `service` is asked at each request, for Serve makes the routes before it makes the replica."""
-    api = FastAPI(title="bitdistill", responses=KNOWN_ERRORS)
+    api = FastAPI(title="bitdistill", summary="Packed students behind OpenAI's API", docs_url=None, redoc_url=None)
     api.include_router(router)
     api.state.service = service
+    api.add_middleware(Guard, service=service)
     for error in (ApiError, RequestValidationError, HTTPException, Exception):
         api.add_exception_handler(error, _refuse)
+    described = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        """FastAPI's document without the 422 that it adds to each route: `_refuse` answers 400."""
+        document = described()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        return document
+
+    api.openapi = openapi  # type: ignore[method-assign]
     return api
 
 
@@ -64,71 +96,128 @@ def _service(request: Request) -> Service:
 
 
 Served = Annotated[Service, Depends(_service)]
+Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+def _client(request: Request, service: Served, credentials: Credentials) -> Client:
+    """Who asks.  Raises ApiError without a valid key where one is needed, and when its requests are used up."""
+    if service.keys is None:
+        return Client(f"address {request.client.host}" if request.client else "")
+    key = service.keys.find(credentials.credentials) if credentials else None
+    if key is None:
+        raise ApiError(401, "Send Authorization: Bearer KEY with a key that this server knows",
+                       type=ErrorType.AUTHENTICATION, code="invalid_api_key")  # fmt: skip
+    client = service.clients[key.sha256]
+    client.ask()
+    return client
+
+
+Known = Annotated[Client, Depends(_client)]
 router = APIRouter()
 
 
-@router.get("/health", responses={503: {}})
-async def health(service: Served) -> JSONResponse:
+@router.get("/", include_in_schema=False)
+async def playground() -> HTMLResponse:
+    """A page to try the model with."""
+    return HTMLResponse(page(), headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
+
+
+@router.get("/health", responses={503: {"model": HealthReport}, **_refusals(431, 500)})
+async def health(service: Served) -> HealthReport:
     """200 while the engine works (`degraded`: a call failed, the next may not), 503 when it must be restarted."""
     health = service.engine.health()
-    body = dataclasses.asdict(health) | {"status": health.status.value}
-    return JSONResponse(body, status_code=503 if health.status is Status.FAILING else 200)
+    report = HealthReport(**dataclasses.asdict(health) | {"status": health.status.value})
+    if health.status is Status.FAILING:
+        return JSONResponse(report.model_dump(), status_code=503)  # type: ignore[return-value]
+    return report
 
 
-@router.get("/v1/models")
-async def list_models(service: Served) -> ModelList:
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **_refusals(431, 500)}
+)
+async def prometheus(service: Served) -> Response:
+    """What Prometheus reads."""
+    return Response(service.engine.metrics(), media_type=metrics.CONTENT_TYPE)
+
+
+@router.get("/v1/models", responses=_refusals(401, 429, 431, 500))
+async def list_models(service: Served, client: Known) -> ModelList:
     """The one model."""
     return ModelList(data=[_model(service)])
 
 
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(name: str, service: Served) -> Model:
+@router.get("/v1/models/{name:path}", responses=GET_REFUSALS)
+async def retrieve_model(name: str, service: Served, client: Known) -> Model:
     """One model by its id."""
     _check_name(service, name)
     return _model(service)
 
 
-@router.post("/v1/completions", response_model=None)
-async def completions(body: CompletionRequest, request: Request, service: Served) -> Response | BaseModel:
+@router.post("/v1/completions", response_model=Completion, responses=EVENTS | POST_REFUSALS)
+async def completions(
+    body: CompletionRequest, request: Request, service: Served, client: Known
+) -> Response | BaseModel:
     """Continue prompts."""
     _check_name(service, body.model)
     generations = await service.prompts.completion(body)
-    return await _answer(service, request, body, generations, CompletionAnswer, "cmpl")
+    answer = CompletionAnswer(
+        **_envelope(service, request, "cmpl", body, generations),
+        echo=await service.prompts.texts(body.prompts) if body.echo else None,
+    )
+    return await _answer(service, client, body, answer)
 
 
-@router.post("/v1/chat/completions", response_model=None)
-async def chat_completions(body: ChatCompletionRequest, request: Request, service: Served) -> Response | BaseModel:
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=EVENTS | POST_REFUSALS)
+async def chat_completions(
+    body: ChatCompletionRequest, request: Request, service: Served, client: Known
+) -> Response | BaseModel:
     """Answer the last message."""
     _check_name(service, body.model)
     generations = await service.prompts.chat(body)
-    return await _answer(service, request, body, generations, ChatAnswer, "chatcmpl")
+    answer = ChatAnswer(**_envelope(service, request, "chatcmpl", body, generations))
+    return await _answer(service, client, body, answer)
 
 
-async def _answer(
-    service: Service,
-    request: Request,
-    body: GenerationRequest,
-    generations: Sequence[Generation],
-    shape: type[Answer],
-    prefix: str,
-) -> Response | BaseModel:
+@router.post("/v1/classify", responses=POST_REFUSALS)
+async def classify(body: ClassifyRequest, request: Request, service: Served, client: Known) -> Classification:
+    """Choose one of several labels for each input."""
+    _check_name(service, body.model)
+    generations = await service.prompts.classify(body)
+    stream = _submitted(service, client, generations, prompts=len(generations))
+    pieces, count = await collected(stream, client.tokens.take)
+    id = f"cls-{request.state.request_id}"
+    return classification(body, generations, pieces, count, id=id, model=service.name)
+
+
+def _envelope(
+    service: Service, request: Request, prefix: str, body: GenerationRequest, generations: Sequence[Generation]
+) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{request.state.request_id}",
+        "model": service.name,
+        "generations": generations,
+        "choices": body.n,
+        "texts": service.texts,
+    }
+
+
+async def _answer(service: Service, client: Client, body: GenerationRequest, answer: Answer) -> Response | BaseModel:
+    stream = _submitted(service, client, answer.generations, prompts=len(answer.generations) // body.n)
+    if body.stream:
+        sent = events(stream, answer, client.tokens.take, include_usage=body.includes_usage)
+        return EventStream(sent, stream)
+    return await whole(stream, answer, client.tokens.take)
+
+
+def _submitted(service: Service, client: Client, generations: Sequence[Generation], *, prompts: int) -> Stream:
+    """The stream of `generations`, whose prompts (some of them the same) were paid for.  Raises ApiError."""
     if len(generations) > service.engine.limit:
         raise ApiError(400, f"{len(generations)} choices asked for; this server takes {service.engine.limit} at a time")
+    client.spend(sum(len(g.prompt) for g in generations) * prompts // len(generations))
     try:
-        stream = service.engine.submit(generations)
+        return service.engine.submit(generations, client=client.name)
     except BitdistillError as error:
         raise api_error(error) from error
-    request_id = (
-        request.headers.get("x-request-id") or uuid.uuid4().hex
-    )  # Ray Serve's proxy sets it, and answers with it
-    answer = shape(
-        id=f"{prefix}-{request_id}",
-        model=service.name,
-        prompt_tokens=sum(len(g.prompt) for g in generations) // body.n,
-    )
-    if body.stream:
-        return EventStream(events(stream, answer, include_usage=body.includes_usage), stream)
-    return await whole(stream, answer)
 
 
 def _model(service: Service) -> Model:
@@ -144,10 +233,11 @@ def _check_name(service: Service, name: str) -> None:
 async def _refuse(_: Request, error: Exception) -> JSONResponse:
     """Any error in OpenAI's schema."""
     if isinstance(error, RequestValidationError):
-        error = validation_error(error.errors())
-    elif isinstance(error, HTTPException):
-        error = ApiError(error.status_code, str(error.detail))
-    elif not isinstance(error, ApiError):  # a bug; Starlette logs its traceback
-        error = ApiError(500, "Internal server error", type=ErrorType.SERVER)
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(error.body.model_dump(mode="json"), status_code=error.status, headers=headers)
+        return error_response(validation_error(error.errors()))
+    if isinstance(error, HTTPException):
+        refusal = error_response(ApiError(error.status_code, str(error.detail)))
+        refusal.headers.update(error.headers or {})  # a 405 names what is allowed
+        return refusal
+    if isinstance(error, ApiError):
+        return error_response(error)
+    return error_response(ApiError(500, "Internal server error", type=ErrorType.SERVER))  # a bug; Starlette logs it

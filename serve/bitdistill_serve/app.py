@@ -1,29 +1,37 @@
 """The Ray Serve application: `serve run bitdistill_serve.app:build model=PATH [KEY=VALUE …]` (keys: `options.py`).
 
-One deployment holds the engine and answers HTTP.  Ray Serve lets more requests in than the engine takes, so that it is
-the engine that refuses, at once and with a Retry-After it can estimate; requests beyond that wait in Serve's router,
-where the next replica would take them.
+One model is one deployment, which holds the engine and answers HTTP itself.  Several, in the `models` of a
+configuration file (`cluster/serve.yaml`), are a deployment each, which scale by themselves, behind a router.  Ray Serve
+lets more requests in than the engine takes, so that it is the engine that refuses, at once and with a Retry-After it
+can estimate; requests beyond that wait in Serve's router, where the next replica would take them.
+
+A replica that is to stop, because a new version or fewer requests came, takes no new requests and finishes its streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.serve import Application
+from ray.serve import Application, Deployment
+from starlette.types import Message
 
 from bitdistill_ray.errors import ServeError
 from bitdistill_serve.api import create_api
 from bitdistill_serve.engine import Status
+from bitdistill_serve.forward import Forwarded, answers
 from bitdistill_serve.options import ServeOptions
+from bitdistill_serve.ray_metrics import RayMetrics
+from bitdistill_serve.router import Router
 from bitdistill_serve.service import Service
 
-DEPLOYMENT = "decoder"
+DEPLOYMENT, ROUTER = "decoder", "router"
 BEYOND_ENGINE = 32  # requests that a replica takes beyond the engine's limit: refusals, /health, /v1/models
 CONSTRUCTOR_TRIES = 2  # a model that cannot be read will not be read at the twentieth time either
-DRAIN_S = 30.0  # how long a replica that is to stop may finish its streams
+ROUTED_AT_ONCE = 4096  # the replicas are what limits
 
 
 class Replica:
@@ -31,7 +39,16 @@ class Replica:
 
     def __init__(self, options: ServeOptions) -> None:
         self.service = Service.load(options)
-        self.service.start()  # `serve.ingress` calls this on the event loop of the requests
+        self.service.start()  # Serve calls this on the event loop of the requests
+        self._api = create_api(lambda: self.service)
+        replica = serve.get_replica_context().replica_tag
+        exported = RayMetrics(self.service.metrics.registry, self.service.engine.metrics, replica)
+        self._exporting = asyncio.ensure_future(exported.run())
+
+    async def forward(self, request: Forwarded) -> AsyncIterator[list[Message]]:
+        """Answer what a router sends."""
+        async for messages in answers(self._api, request):
+            yield messages
 
     async def check_health(self) -> None:
         """Raises when the engine is beyond recovery; Serve then replaces the replica."""
@@ -41,6 +58,8 @@ class Replica:
 
     async def __del__(self) -> None:
         """Serve's way to end a replica, after its requests."""
+        if hasattr(self, "_exporting"):
+            self._exporting.cancel()
         if hasattr(self, "service"):
             await self.service.stop()
 
@@ -58,13 +77,35 @@ def replica_api() -> FastAPI:
 
 def build(args: Mapping[str, Any]) -> Application:
     """The application of `args` (see `ServeOptions`), to be run by Serve."""
-    options = ServeOptions.parse(args)
-    deployment = serve.deployment(
-        serve.ingress(replica_api)(Replica),
-        name=DEPLOYMENT,
-        max_ongoing_requests=options.slots + options.queue + BEYOND_ENGINE,
+    models = ServeOptions.parse_several(args)
+    if len(models) == 1:
+        return _deployment(serve.ingress(replica_api)(Replica), DEPLOYMENT, models[0]).bind(models[0])
+    by_name = {options.served_name: options for options in models}
+    router = serve.deployment(serve.ingress()(Router), name=ROUTER, max_ongoing_requests=ROUTED_AT_ONCE,
+                              ray_actor_options={"num_cpus": 0},
+                              graceful_shutdown_timeout_s=max(of.drain for of in models))  # fmt: skip
+    decoders = {
+        name: _deployment(Replica, f"{DEPLOYMENT}-{name}", options).bind(options) for name, options in by_name.items()
+    }
+    return router.bind(by_name, decoders)
+
+
+def _deployment(replica: type, name: str, options: ServeOptions) -> Deployment:
+    scales: dict[str, Any] = {"num_replicas": options.max_replicas}
+    if options.min_replicas < options.max_replicas:
+        scales = {
+            "autoscaling_config": {
+                "min_replicas": options.min_replicas,
+                "max_replicas": options.max_replicas,
+                "target_ongoing_requests": options.slots,
+            }
+        }
+    return serve.deployment(
+        replica,
+        name=name,
+        max_ongoing_requests=options.limit + BEYOND_ENGINE,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
-        graceful_shutdown_timeout_s=DRAIN_S,
+        graceful_shutdown_timeout_s=options.drain,
         ray_actor_options={"num_cpus": options.threads or 1, "num_gpus": 1 if options.device == "cuda" else 0},
+        **scales,
     )
-    return deployment.bind(options)

@@ -1,7 +1,8 @@
-"""`bitdistill serve PATH [--host H --port P --name N …]`: serve a model on this machine until Ctrl-C.
+"""`bitdistill serve PATH … [--host H --port P --name N …]`: serve models on this machine until Ctrl-C.
 
 Starts a Ray of its own, with token authentication under a token that only its processes know, and Ray Serve in it; at
-the end it stops those and nothing else.  On a cluster, `serve run bitdistill_serve.app:build model=PATH` does the rest.
+the end it stops those and nothing else.  `bitdistill serve key` makes an API key (`keys.py`).  On a cluster,
+`serve run bitdistill_serve.app:build model=PATH` does the rest.
 """
 
 from __future__ import annotations
@@ -16,23 +17,31 @@ from contextlib import contextmanager
 
 from bitdistill_ray import env
 from bitdistill_ray.errors import BitdistillError, ServeError
+from bitdistill_serve import keys
 from bitdistill_serve.options import ServeOptions
 
 OBJECT_STORE_BYTES = 128 << 20  # Serve moves requests, not tensors
 APPLICATION = "bitdistill"
+DRAIN_S = "10"  # after Ctrl-C, unless another time is given
+_KEYS = [name for name in ServeOptions.model_fields if name != "model"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0 after Ctrl-C, 2 after an error that the user can mend."""
-    args = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["key"]:
+        return keys.main(arguments[1:])
+    args = _parser().parse_args(arguments)
     host, port = args.host, args.port
-    given = {name: value for name in ServeOptions.model_fields if (value := getattr(args, name)) is not None}
+    given = {name: value for name in _KEYS if (value := getattr(args, name)) is not None}
+    given.setdefault("drain_s", DRAIN_S)
     try:
-        options = ServeOptions.parse(given)
+        models = ServeOptions.parse_several(given | {"models": [{"model": path} for path in args.model]})
         _check_port(host, port)
-        with _local_ray(options, host, port):
+        with _local_ray(models, host, port):
             url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-            print(f"{options.served_name} is ready: {url}/v1 (Ctrl-C stops it)", flush=True)
+            names = ", ".join(options.served_name for options in models)
+            print(f"{names} {'is' if len(models) == 1 else 'are'} ready: {url}/v1 (Ctrl-C stops it)", flush=True)
             while True:
                 signal.pause()
     except KeyboardInterrupt:
@@ -44,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bitdistill serve", description="Serve a model on this machine.")
-    parser.add_argument("model", metavar="PATH", help=ServeOptions.model_fields["model"].description)
+    parser.add_argument("model", metavar="PATH", nargs="+", help=ServeOptions.model_fields["model"].description)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every network")
     parser.add_argument("--port", type=int, default=8000)
-    for name, option in ServeOptions.model_fields.items():
-        if name != "model":  # texts: ServeOptions reads and checks them
-            parser.add_argument(f"--{name.replace('_', '-')}", help=f"{option.description} (default: {option.default})")
+    for name in _KEYS:  # texts: ServeOptions reads and checks them
+        option = ServeOptions.model_fields[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{option.description} (default: {option.default})")
     return parser
 
 
@@ -75,20 +84,20 @@ def _cause(traceback: str) -> str:
 
 
 @contextmanager
-def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
+def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator[None]:
     """Ray, Serve and the application, up inside the block and gone after it, whatever ends it."""
     from bitdistill_ray.model.sources import resolve
 
-    name, options = options.served_name, options.model_copy(update={"model": resolve(options.model)})
+    named = [of.model_dump() | {"name": of.served_name, "model": resolve(of.model)} for of in models]
     env.private_ray_token()  # before ray is imported, which reads it
     import ray
     from ray import serve
 
-    from bitdistill_serve.app import DEPLOYMENT, build
+    from bitdistill_serve.app import build
 
     ray.init(
         address="local",
-        num_cpus=max(env.cpu_count(), options.threads or 1),
+        num_cpus=max(env.cpu_count(), sum(of.threads or 1 for of in models)),
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="warning",
@@ -102,13 +111,12 @@ def _local_ray(options: ServeOptions, host: str, port: int) -> Iterator[None]:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         try:
-            serve.run(build(options.model_dump() | {"name": name}), name=APPLICATION, route_prefix="/")
+            serve.run(build({"models": named}), name=APPLICATION, route_prefix="/")
         except RuntimeError as error:  # all that Serve says here is which deployment failed
-            deployment = serve.status().applications[APPLICATION].deployments.get(DEPLOYMENT)
+            deployments = serve.status().applications[APPLICATION].deployments.values()
+            said = next((of.message for of in deployments if of.status == "DEPLOY_FAILED"), str(error))
             raise ServeError(
-                f"serving {name}",
-                _cause(deployment.message if deployment else str(error)),
-                "Mend that, and serve again",
+                f"serving {', '.join(of['name'] for of in named)}", _cause(said), "Mend that, and serve again"
             ) from None
         yield
     finally:

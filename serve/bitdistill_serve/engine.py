@@ -5,7 +5,8 @@ event loop.  Each round costs one hop to the event loop, whatever the number of 
 consumer has not read yet and hands it over in one piece: tokens are joined only where the consumer is slower.
 
 The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with an estimate of when
-a slot gets free.  Requests may be cancelled at any time; their slots are free before the next round.
+a slot gets free.  Its last places are for clients that have none, so that one client never shuts another out.  Requests
+may be cancelled at any time; their slots are free before the next round.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -22,24 +24,19 @@ from functools import partial
 
 from bitdistill_ray.decode.base import Decoder
 from bitdistill_ray.errors import ServeError
-from bitdistill_serve.batch import Batch, End, Generation, Piece
+from bitdistill_serve.batch import Batch, Deadlines
 from bitdistill_serve.detokenize import Tokenizer
+from bitdistill_serve.errors import EngineStoppedError, QueueFullError
+from bitdistill_serve.generation import End, Generation, Piece
+from bitdistill_serve.metrics import Metrics, Pace, resident_bytes
+from bitdistill_serve.options import ServeOptions
 
 logger = logging.getLogger(__name__)
 
 UNHEALTHY_AFTER = 3  # decoder calls that failed and no request that ended well: one may be chance, three are not
 NEWEST_WEIGHT = 0.1  # of the newest generation in the running mean of their times
 LONGEST_RETRY_S = 60
-
-
-class QueueFullError(ServeError):
-    """All slots and all places in the queue are taken.  `retry_after_s` estimates when one will not be."""
-
-    retry_after_s: int = 1
-
-
-class EngineStoppedError(ServeError):
-    """The engine has ended, or is ending; another replica may answer."""
+NEWCOMERS = 8  # one place in so many of the queue is kept for clients that have nothing here
 
 
 class Status(Enum):
@@ -59,6 +56,7 @@ class Health:
     waiting: int
     slots: int
     queue: int
+    memory_bytes: int | None
     last_failure: str | None
 
 
@@ -68,11 +66,12 @@ class Stream:
     Iterating ends when all generations have ended, and raises the error of the first one that failed.
     """
 
-    def __init__(self, engine: Engine, generations: Sequence[Generation]) -> None:
-        self.generations = tuple(generations)
+    def __init__(self, engine: Engine, generations: Sequence[Generation], client: str, metrics: Metrics) -> None:
+        self.generations, self.client = tuple(generations), client
         self._engine = engine
         self.live = set(range(len(generations)))  # not ended, as the engine told so far
         self.started_s = time.monotonic()
+        self._pace = [Pace(metrics, self.started_s) for _ in generations]
         self._unread: dict[int, list[Piece]] = {}
         self._arrived = asyncio.Event()
 
@@ -86,10 +85,10 @@ class Stream:
             self._arrived.clear()
             await self._arrived.wait()
         index = next(iter(self._unread))
-        pieces = self._unread.pop(index)
-        if pieces[-1].error is not None:
-            raise pieces[-1].error
-        return index, Piece("".join(p.text for p in pieces), sum(p.tokens for p in pieces), pieces[-1].end)
+        piece = Piece.joined(self._unread.pop(index))
+        if piece.error is not None:
+            raise piece.error
+        return index, piece
 
     def cancel(self) -> None:
         """Stop what has not ended; may be called at any time, more than once too."""
@@ -99,32 +98,36 @@ class Stream:
     def put(self, index: int, piece: Piece) -> None:
         """The engine's side: one more piece."""
         self._unread.setdefault(index, []).append(piece)
+        if piece.tokens:
+            self._pace[index].grew(piece.tokens)
         if piece.end is not None:
             self.live.discard(index)
         self._arrived.set()
 
 
 class Engine:
-    """Runs a `Batch` in a thread of its own.  All methods belong to the event loop on which `start` was called.
-
-    `queue` is how many generations may wait beyond those that have a slot.
-    """
+    """Runs a `Batch` in a thread of its own.  All methods belong to the event loop on which `start` was called."""
 
     def __init__(
         self,
         decoder: Decoder,
         tokenizer: Tokenizer,
+        options: ServeOptions,
         *,
         stop_ids: frozenset[int],
-        queue: int,
-        prefill_tokens: int,
+        metrics: Metrics,
     ) -> None:
         self._batch: Batch[tuple[Stream, int]] = Batch(
-            decoder, tokenizer, stop_ids=stop_ids, prefill_tokens=prefill_tokens
+            decoder,
+            tokenizer,
+            stop_ids=stop_ids,
+            prefill_tokens=options.prefill_tokens,
+            deadlines=Deadlines(options.queue_s, options.timeout_s),
         )
-        self._decoder, self._queue = decoder, queue
+        self._decoder, self._queue, self._concurrency = decoder, options.queue, options.concurrency
+        self._metrics = metrics
         self._streams: set[Stream] = set()  # those with live generations
-        self._live = 0  # generations, with and without a slot
+        self._live: Counter[str] = Counter()  # generations of each client, with and without a slot
         self._mean_s = 1.0  # of a generation, its wait included
         self._wake = threading.Condition()  # guards the two below
         self._commands: list[Callable[[], None]] = []  # for the thread, before its next round
@@ -137,11 +140,6 @@ class Engine:
     def slot_tokens(self) -> int:
         """The longest sequence, prompt and answer together."""
         return self._decoder.slot_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        """Token ids of a prompt lie below it."""
-        return self._decoder.vocab_size
 
     @property
     def limit(self) -> int:
@@ -158,10 +156,25 @@ class Engine:
         return Health(
             status=status,
             running=self._batch.running,
-            waiting=max(0, self._live - self._batch.running),
+            waiting=max(0, self._live.total() - self._batch.running),
             slots=self._decoder.slots,
             queue=self._queue,
+            memory_bytes=resident_bytes(),
             last_failure=self._died or self._batch.last_failure,
+        )
+
+    def metrics(self) -> bytes:
+        """The page of `/metrics`."""
+        health = self.health()
+        return self._metrics.text(
+            {
+                "running": health.running,
+                "waiting": health.waiting,
+                "slots": health.slots,
+                "kv_tokens": self._batch.tokens_held,
+                "kv_capacity_tokens": self._decoder.capacity,
+                "memory_bytes": health.memory_bytes or 0,
+            }
         )
 
     def start(self) -> None:
@@ -176,22 +189,30 @@ class Engine:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def submit(self, generations: Sequence[Generation]) -> Stream:
+    def submit(self, generations: Sequence[Generation], *, client: str = "") -> Stream:
         """Queue all generations of a request, or none.
 
         Raises QueueFullError when they do not fit, and EngineStoppedError when the loop has ended.
         """
         if self._died or self._stopping:
             raise EngineStoppedError("engine", f"is not running ({self._died or 'it was stopped'})", "Try again later")
-        if self._live + len(generations) > self.limit:
-            error = QueueFullError("engine", f"{self._live} of {self.limit} places are taken", "Try again later")
-            error.retry_after_s = max(1, min(math.ceil(self._mean_s / self._decoder.slots), LONGEST_RETRY_S))
-            raise error
-        stream = Stream(self, generations)
-        self._live += len(generations)
+        new = len(generations)
+        places = self.limit - (self._queue // NEWCOMERS if self._live[client] else 0)
+        if self._live.total() + new > places:
+            raise self._full(f"{self._live.total()} of {self.limit} places are taken")
+        if self._concurrency is not None and self._live[client] + new > self._concurrency:
+            raise self._full(f"{self._live[client]} of your {self._concurrency} places are taken")
+        stream = Stream(self, generations, client, self._metrics)
+        self._live[client] += new
         self._streams.add(stream)
-        self._command(*(partial(self._batch.add, (stream, i), g) for i, g in enumerate(generations)))
+        self._metrics.prompt_tokens.inc(sum(len(g.prompt) for g in generations))
+        self._command(*(partial(self._batch.add, (stream, i), g, client) for i, g in enumerate(generations)))
         return stream
+
+    def _full(self, what: str) -> QueueFullError:
+        error = QueueFullError("engine", what, "Try again later")
+        error.retry_after_s = max(1, min(math.ceil(self._mean_s / self._decoder.slots), LONGEST_RETRY_S))
+        return error
 
     def cancel(self, stream: Stream) -> None:
         """End what has not ended of a stream."""
@@ -210,7 +231,7 @@ class Engine:
                 pieces = self._batch.advance()
                 if pieces:
                     self._loop.call_soon_threadsafe(self._deliver, pieces)
-        except Exception as bug:
+        except BaseException as bug:  # a panic of compiled code is no Exception, and clients wait all the same
             logger.exception("the decoding loop ended")
             self._died = f"{type(bug).__name__}: {bug}"
             error = EngineStoppedError("engine", f"has ended ({self._died})", "Send the request again")
@@ -227,17 +248,28 @@ class Engine:
 
     def _deliver(self, pieces: list[tuple[tuple[Stream, int], Piece]]) -> None:
         """On the event loop: hand pieces to their streams, and give up the places of generations that ended."""
+        tokens = sum(piece.tokens for _, piece in pieces)
+        if tokens:
+            self._metrics.tokens.inc(tokens)
+            self._metrics.batch.observe(tokens)
         for (stream, index), piece in pieces:
             stream.put(index, piece)
+            if piece.cached:
+                self._metrics.cached_tokens.inc(piece.cached)
             if piece.end is not None:
-                self._live -= 1
-                seconds = time.monotonic() - stream.started_s
-                if piece.end in (End.STOP, End.LENGTH):
-                    self._mean_s += NEWEST_WEIGHT * (seconds - self._mean_s)
-                if not stream.live:
-                    self._streams.discard(stream)
+                self._ended(stream, piece.end)
+
+    def _ended(self, stream: Stream, end: End) -> None:
+        self._metrics.ended(end.value)
+        self._live[stream.client] -= 1
+        if not self._live[stream.client]:
+            del self._live[stream.client]
+        if end in (End.STOP, End.LENGTH):
+            self._mean_s += NEWEST_WEIGHT * (time.monotonic() - stream.started_s - self._mean_s)
+        if not stream.live:
+            self._streams.discard(stream)
 
     def _close(self, error: ServeError) -> None:
         """On the event loop, when the thread has ended: fail what it left."""
         for stream in list(self._streams):
-            self._deliver([((stream, i), Piece("", 0, End.FAILED, error)) for i in tuple(stream.live)])
+            self._deliver([((stream, i), Piece(end=End.FAILED, error=error)) for i in tuple(stream.live)])

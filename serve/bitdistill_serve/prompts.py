@@ -1,7 +1,8 @@
-"""From a request to what the engine takes: texts and chats to token ids, parameters to `Sampling`.
+"""From a request to what the engine takes: texts and chats to tokens, parameters to `Sampling`, constraints compiled.
 
 The tokenizer works in a thread of its own, so that a long prompt does not hold up the event loop, and on a copy of its
-own: the engine's thread decodes with the original at the same time.
+own: the engine's thread decodes with the original at the same time.  A text that is too long by its characters alone is
+refused before the tokenizer sees it, for that would take seconds in which others wait.
 """
 
 from __future__ import annotations
@@ -9,69 +10,151 @@ from __future__ import annotations
 import asyncio
 import copy
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from bitdistill_ray.decode.sampling import Sampling
-from bitdistill_serve.batch import Generation
-from bitdistill_serve.protocol import ApiError, ChatCompletionRequest, CompletionRequest, GenerationRequest
+from bitdistill_serve.errors import ApiError
+from bitdistill_serve.generation import Generation
+from bitdistill_serve.grammar import Grammar, Grammars
+from bitdistill_serve.requests import (
+    ChatCompletionRequest,
+    ClassifyRequest,
+    CompletionRequest,
+    GenerationRequest,
+    Message,
+)
 
 T = TypeVar("T")
 
 
-class Prompts:
-    """Prepares requests for a decoder with slots of `slot_tokens` tokens and a head of `vocab_size`."""
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a prompt and an answer may take."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, slot_tokens: int, vocab_size: int) -> None:
+    slot_tokens: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Prompts:
+    """Prepares requests for a decoder with a head of `vocab_size`, whose texts end at any of `stop_ids`."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, room: Room, *, vocab_size: int, stop_ids: Iterable[int]
+    ) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
-        self._slot_tokens, self._vocab_size = slot_tokens, vocab_size
+        self._room, self._vocab_size = room, vocab_size
+        self._most_characters = room.slot_tokens * max(map(len, tokenizer.get_vocab()))
+        self._grammars = Grammars(self._tokenizer, vocab_size=vocab_size, stop_ids=stop_ids)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
 
     async def completion(self, request: CompletionRequest) -> list[Generation]:
         """`n` generations for each prompt; those of one prompt are neighbours."""
-        texts = [prompt for prompt in request.prompts if isinstance(prompt, str)]
-        encoded = iter(await self._in_thread(lambda: [self._tokenizer(text)["input_ids"] for text in texts]))
-        prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return self._generations(request, prompts, "prompt", request.max_tokens)
+        prompts, grammar = await self._in_thread(
+            lambda: (self._encoded(request.prompts), self._grammars.compile(request))
+        )
+        scored = request.echo and request.logprobs is not None
+        return self._generations(request, prompts, "prompt", request.max_tokens, grammar, scored=scored)
 
     async def chat(self, request: ChatCompletionRequest) -> list[Generation]:
         """`n` generations of the answer to the last message."""
-        if not self._tokenizer.chat_template:
-            raise ApiError(400, "This model has no chat template; use /v1/completions", param="messages")
-        turns = [message.for_template() for message in request.messages]
-        try:
-            prompt = await self._in_thread(
-                lambda: self._tokenizer.apply_chat_template(
-                    turns, add_generation_prompt=True, tokenize=True, return_dict=False
-                )
-            )
-        except TemplateError as error:  # a template refuses roles and orders that its model was not trained on
-            raise ApiError(
-                400, f"The model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-        return self._generations(request, [prompt], "messages", request.limit or self._slot_tokens)
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if request.tool_choice == "auto" else []
+        prompt, grammar = await self._in_thread(
+            lambda: (self._templated(request.messages, tools), self._grammars.compile(request))
+        )
+        limit = request.limit or self._room.slot_tokens
+        return self._generations(request, [prompt], "messages", limit, grammar)
+
+    async def classify(self, request: ClassifyRequest) -> list[Generation]:
+        """A generation for each label of each input, that writes nothing: the input, then the label."""
+
+        def tokens() -> tuple[list[list[int]], list[list[int]]]:
+            labels = self._tokenizer(request.labels, add_special_tokens=False)["input_ids"]
+            prompts = self._encoded(request.inputs) if request.messages is None else [self._templated(request.messages)]
+            return prompts, labels
+
+        prompts, labels = await self._in_thread(tokens)
+        param = "input" if request.messages is None else "messages"
+        for label, ids in zip(request.labels, labels, strict=True):
+            if not ids:
+                raise ApiError(400, f"The label {label!r} has no tokens", param="labels")
+        for prompt in prompts:
+            self._check([*prompt, *max(labels, key=len)] if prompt else [], param)
+        return [
+            Generation(prompt=(*prompt, *label), sampling=Sampling(), score_from=len(prompt), writes=False,
+                       common=len(prompt))
+            for prompt in prompts
+            for label in labels
+        ]  # fmt: skip
+
+    async def texts(self, prompts: Sequence[str | list[int]]) -> list[str]:
+        """The prompts in words, for `echo`."""
+        return await self._in_thread(lambda: [p if isinstance(p, str) else self._decode(p) for p in prompts])
 
     def close(self) -> None:
         """End the thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _encoded(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        for prompt in prompts:
+            self._check_characters(len(prompt) if isinstance(prompt, str) else 0, "prompt")
+        return [self._tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in prompts]
+
+    def _templated(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
+        template = self._tokenizer.chat_template
+        if not template:
+            raise ApiError(400, "This model has no chat template; use /v1/completions", param="messages")
+        turns = [message.for_template() for message in messages]
+        self._check_characters(sum(len(turn["content"]) for turn in turns), "messages")
+        if tools and "tools" not in str(template):
+            raise ApiError(400, "This model's chat template takes no tools", param="tools")
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                turns,
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        except (TemplateError, TypeError, ValueError) as error:  # it refuses what its model was not trained on
+            raise ApiError(
+                400, f"The model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return [int(token) for token in ids]
+
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _generations(
-        self, request: GenerationRequest, prompts: Sequence[Sequence[int]], param: str, max_tokens: int
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        param: str,
+        max_tokens: int,
+        grammar: Grammar | None,
+        *,
+        scored: bool = False,
     ) -> list[Generation]:
         if not prompts:
             raise ApiError(400, "There is no prompt", param=param)
         for prompt in prompts:
             self._check(prompt, param)
+        biases = tuple((int(token), bias) for token, bias in request.logit_bias.items())
+        if outside := [token for token, _ in biases if token >= self._vocab_size]:
+            raise ApiError(
+                400, f"Token {outside[0]} is not in the vocabulary of {self._vocab_size}", param="logit_bias"
+            )
         sampling = Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max(1, min(max_tokens, self._room.output_tokens)),
             temperature=request.temperature,
             top_k=request.top_k,
             top_p=request.top_p,
@@ -79,23 +162,50 @@ class Prompts:
             repetition_penalty=request.repetition_penalty,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,
+            logit_bias=biases,
             seed=secrets.randbits(63) if request.seed is None else request.seed,
         )
         return [
-            Generation(prompt=tuple(prompt), sampling=replace(sampling, seed=sampling.seed + choice), stops=stops)
-            for stops in [tuple(request.stop)]
+            Generation(
+                prompt=tuple(prompt),
+                sampling=replace(sampling, seed=sampling.seed + choice),
+                stops=request.stops,
+                logprobs=request.alternatives,
+                score_from=1 if scored and choice == 0 else None,
+                ignore_eos=request.ignore_eos,
+                writes=max_tokens > 0,
+                common=len(prompt) if request.n > 1 and not scored else 0,
+                grammar=grammar,
+            )
             for prompt in prompts
             for choice in range(request.n)
         ]
 
+    def _check_characters(self, characters: int, param: str) -> None:
+        if characters > self._most_characters:
+            raise ApiError(
+                400,
+                f"This server's maximum context length is {self._room.slot_tokens} tokens, and no text of {characters} "
+                "characters fits in it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
     def _check(self, prompt: Sequence[int], param: str) -> None:
         if not prompt:
             raise ApiError(400, "A prompt must have at least one token", param=param)
-        if len(prompt) >= self._slot_tokens:
+        if len(prompt) >= self._room.slot_tokens:
             raise ApiError(
                 400,
-                f"This server's maximum context length is {self._slot_tokens} tokens, of prompt and answer together; "
-                f"the prompt has {len(prompt)}",
+                f"This server's maximum context length is {self._room.slot_tokens} tokens, of prompt and answer "
+                f"together; the prompt has {len(prompt)}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if len(prompt) > self._room.prompt_tokens:
+            raise ApiError(
+                400,
+                f"This server takes prompts of {self._room.prompt_tokens} tokens at most; this one has {len(prompt)}",
                 param=param,
                 code="context_length_exceeded",
             )

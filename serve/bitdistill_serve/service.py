@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +13,30 @@ from transformers import PreTrainedTokenizerBase
 import bitdistill_kernels
 from bitdistill_ray import env
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.loading import load_for_decoding, stop_ids
-from bitdistill_ray.decode.torch_decoder import TorchDecoder
+from bitdistill_ray.decode.loading import decoder_over, load_decoder, stop_ids
+from bitdistill_ray.errors import KernelError
 from bitdistill_ray.packed.linear import PackedLinear
 from bitdistill_serve.engine import Engine
+from bitdistill_serve.keys import KeyFile
+from bitdistill_serve.metrics import Metrics
 from bitdistill_serve.options import ServeOptions
-from bitdistill_serve.prompts import Prompts
+from bitdistill_serve.prompts import Prompts, Room
+from bitdistill_serve.rates import Client
+from bitdistill_serve.token_texts import TokenTexts
 
 
 @dataclass(slots=True)
 class Service:
-    """What the routes need."""
+    """What the routes need; `keys` is None where anybody may ask, `clients` are the holders of keys by their hash."""
 
     name: str
+    options: ServeOptions
     engine: Engine
     prompts: Prompts
+    texts: TokenTexts
+    metrics: Metrics
+    keys: KeyFile | None
+    clients: dict[str, Client]
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
@@ -34,16 +44,28 @@ class Service:
         cls,
         decoder: Decoder,
         tokenizer: PreTrainedTokenizerBase,
+        options: ServeOptions,
         *,
-        name: str,
         stop_ids: Iterable[int],
-        queue: int,
-        prefill_tokens: int,
     ) -> Service:
-        """Serve `decoder` as `name`; a generation ends at any of `stop_ids`."""
-        engine = Engine(decoder, tokenizer, stop_ids=frozenset(stop_ids), queue=queue, prefill_tokens=prefill_tokens)
-        prompts = Prompts(tokenizer, slot_tokens=decoder.slot_tokens, vocab_size=decoder.vocab_size)
-        return cls(name, engine, prompts)
+        """Serve `decoder` as `options` say; a generation ends at any of `stop_ids`.
+
+        Raises ServeError or StorageError for a file of keys that cannot be read.
+        """
+        ends, longest = frozenset(stop_ids), decoder.slot_tokens
+        metrics = Metrics(options.served_name, {"decoder": type(decoder).__name__, "instructions": _instructions()})
+        room = Room(longest, options.max_prompt_tokens or longest, options.max_output_tokens or longest)
+        keys = KeyFile.read(options.keys) if options.keys else None
+        return cls(
+            name=options.served_name,
+            options=options,
+            engine=Engine(decoder, tokenizer, options, stop_ids=ends, metrics=metrics),
+            prompts=Prompts(tokenizer, room, vocab_size=decoder.vocab_size, stop_ids=ends),
+            texts=TokenTexts(tokenizer),
+            metrics=metrics,
+            keys=keys,
+            clients={key.sha256: Client.of(key) for key in keys.keys} if keys else {},
+        )
 
     @classmethod
     def load(cls, options: ServeOptions) -> Service:
@@ -51,19 +73,8 @@ class Service:
 
         Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
         """
-        threads = options.threads or env.cpu_count()
-        torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
-        model, tokenizer = load_for_decoding(options.model, device=options.device)
-        if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
-            bitdistill_kernels.set_threads(threads)
-        return cls.over(
-            TorchDecoder(model, slots=options.slots, slot_tokens=options.slot_tokens),
-            tokenizer,
-            name=options.served_name,
-            stop_ids=stop_ids(model, tokenizer),
-            queue=options.queue,
-            prefill_tokens=options.prefill_tokens,
-        )
+        decoder, tokenizer, ends = open_decoder(options)
+        return cls.over(decoder, tokenizer, options, stop_ids=ends)
 
     def start(self) -> None:
         """Start the engine, for requests from the running event loop."""
@@ -73,3 +84,20 @@ class Service:
         """Stop the engine; what is unfinished fails."""
         await self.engine.stop()
         self.prompts.close()
+
+
+def open_decoder(options: ServeOptions) -> tuple[Decoder, PreTrainedTokenizerBase, frozenset[int]]:
+    """What `options` ask for, its tokenizer and the tokens that end a text.  Raises as `Service.load` does."""
+    threads = options.threads or env.cpu_count()
+    torch.set_num_threads(threads)  # Ray lets torch have as many as it was asked for CPUs
+    model, tokenizer = load_decoder(options.model, device=options.device)
+    if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
+        bitdistill_kernels.set_threads(threads)
+    decoder = decoder_over(model, slots=options.slots, slot_tokens=options.slot_tokens)
+    return decoder, tokenizer, stop_ids(model, tokenizer)
+
+
+def _instructions() -> str:
+    with suppress(KernelError):  # a checkout without the compiled library serves what is not packed
+        return str(bitdistill_kernels.instruction_sets()["chosen"])
+    return "none"

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from bitdistill_ray.decode.logprobs import token_logprobs
 from bitdistill_ray.decode.sampling import PREFIX, History, Sampling, kept_probabilities, penalised, sample, uniform
 from bitdistill_ray.errors import ConfigError
 
@@ -74,6 +75,31 @@ def test_temperature_zero_is_greedy_and_penalties_apply_to_it() -> None:
     assert sample(logits_BV, [History(Sampling(temperature=0), [], [])]) == [1]
     assert sample(logits_BV, [History(Sampling(temperature=0, presence_penalty=2.0), [], [1])]) == [2]
     assert torch.equal(logits_BV, torch.tensor([[0.0, 3.0, 2.0]]))
+
+
+def test_biases_and_what_is_allowed_come_before_everything_else() -> None:
+    logits_BV = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(3, 1)
+    allowed_V = torch.tensor([True, False, False, True])
+    rows = [
+        History(Sampling(temperature=0, logit_bias=((0, 5.0), (1, -100.0))), [], []),
+        History(Sampling(temperature=0, logit_bias=((1, 50.0),)), [], [], allowed_V),
+        History(Sampling(temperature=0), [], []),
+    ]
+    assert sample(logits_BV, rows) == [0, 3, 1]
+    drawn = {sample(logits_BV[:1], [History(Sampling(seed=s, top_k=3), [3], [3], allowed_V)])[0] for s in range(60)}
+    assert drawn == {0, 3}
+
+
+def test_logprobs_equal_a_log_softmax() -> None:
+    logits_TV = random_logits(3, 50)
+    expected_TV = logits_TV.double().log_softmax(-1)
+    for t, said in enumerate(token_logprobs(logits_TV, [4, 9, 0], top=5)):
+        assert said.token == [4, 9, 0][t]
+        assert said.logprob == pytest.approx(float(expected_TV[t, said.token]), abs=1e-5)
+        values, ids = expected_TV[t].topk(5)
+        assert [token for token, _ in said.top] == ids.tolist()
+        assert [logprob for _, logprob in said.top] == pytest.approx(values.tolist(), abs=1e-5)
+    assert token_logprobs(logits_TV, [1, 2, 3])[0].top == ()
 
 
 def test_frequencies_follow_the_probabilities() -> None:
@@ -134,7 +160,7 @@ def test_uniform_is_uniform() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2),
-     ("repetition_penalty", 0), ("max_tokens", 0), ("presence_penalty", math.inf)],
+     ("repetition_penalty", 0), ("max_tokens", 0), ("presence_penalty", math.inf), ("logit_bias", ((1, 101.0),))],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"sampling\.{field}: "):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from bitdistill_ray.decode import step_graphs
@@ -125,6 +129,94 @@ def test_a_freed_slot_forgets() -> None:
     decoder.free(slot)
     assert decoder.free_slots == 1
     torch.testing.assert_close(prefill(decoder, decoder.admit(PROMPTS[0]), 64), before, rtol=0, atol=0)
+
+
+def test_a_prompt_is_scored_in_chunks_while_others_run() -> None:
+    model = tiny_model("gemma3")
+    decoder = TorchDecoder(model, slots=3, slot_tokens=64)
+    other = decoder.admit(PROMPTS[1])
+    prefill(decoder, other, 64)
+    ids = list(range(30, 53))
+    slot = decoder.admit(ids)
+    read = []
+    while decoder.pending(slot):
+        read.append(decoder.read(slot, 5))
+        decoder.step([other], [7])
+    assert [len(logits_TV) for logits_TV in read] == [5, 5, 5, 5, 3]
+    with torch.inference_mode():
+        expected_TV = model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.cat(read), expected_TV, rtol=1e-4, atol=1e-4)
+
+
+def test_a_common_beginning_is_not_read_again() -> None:
+    model = tiny_model("gemma3")
+    decoder = TorchDecoder(model, slots=3, slot_tokens=64)
+    system = list(range(40, 60))
+    first = decoder.admit([*system, 5, 6], reuse=64)
+    assert decoder.length(first) == 0
+    text = [int(prefill(decoder, first, 64).argmax())]
+    text.append(int(decoder.step([first], text).argmax()))
+
+    beside = decoder.admit([*system, 9, 9, 9], reuse=64)  # a copy of what still runs
+    assert decoder.length(beside) == len(system)
+    limited = decoder.admit([*system, 5], reuse=7)
+    assert decoder.length(limited) == 7
+    texts = {slot: [int(prefill(decoder, slot, 64).argmax())] for slot in (beside, limited)}
+    texts[first] = text
+    for _ in range(4):
+        order = list(texts)
+        for slot, token in zip(
+            order, decoder.step(order, [texts[s][-1] for s in order]).argmax(-1).tolist(), strict=True
+        ):
+            texts[slot].append(token)
+    prompts = {first: [*system, 5, 6], beside: [*system, 9, 9, 9], limited: [*system, 5]}
+    assert texts == {s: greedy_by_transformers(model, prompts[s], len(texts[s])) for s in texts}
+
+    decoder.free(first)
+    again = [*prompts[first], *texts[first][:3], 77]  # the next turn of the same chat
+    slot = decoder.admit(again, reuse=64)
+    assert (slot, decoder.length(slot)) == (first, len(again) - 1)
+    assert int(prefill(decoder, slot, 64).argmax()) == greedy_by_transformers(model, again, 1)[0]
+    decoder.free(slot)
+    slot = decoder.admit(again, reuse=64)
+    assert decoder.pending(slot) == 1  # the last token is read, for its logits
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None)
+def test_reuse_never_changes_a_text(data: st.DataObject) -> None:
+    """Sequences over two tokens, so that beginnings are often common, come, step and go."""
+    decoder = TorchDecoder(shared_llama(), slots=3, slot_tokens=24)
+    live: dict[int, list[int]] = {}
+    for _ in range(data.draw(st.integers(3, 12))):
+        action = data.draw(st.sampled_from(["admit", "read", "step", "free"]))
+        ready = [slot for slot in live if not decoder.pending(slot)]
+        if action == "admit" and decoder.free_slots:
+            ids = data.draw(st.lists(st.sampled_from([5, 6]), min_size=1, max_size=12))
+            live[decoder.admit(ids, reuse=data.draw(st.integers(0, 12)))] = ids
+        elif action == "free" and live:
+            slot = data.draw(st.sampled_from(sorted(live)))
+            decoder.free(slot)
+            del live[slot]
+        elif action == "step" and ready:
+            token = data.draw(st.sampled_from([5, 6]))
+            for slot, logits_V in zip(ready, decoder.step(ready, [token] * len(ready)), strict=True):
+                live[slot] = [*live[slot], token]
+                check(live[slot], logits_V)
+        elif unread := [slot for slot in live if decoder.pending(slot)]:
+            for slot, logits in zip(unread, decoder.prefill(unread, data.draw(st.integers(1, 6))), strict=True):
+                if logits is not None:
+                    check(live[slot], logits)
+
+
+@cache
+def shared_llama() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def check(ids: list[int], logits_V: torch.Tensor) -> None:
+    with torch.inference_mode():
+        torch.testing.assert_close(logits_V, shared_llama()(torch.tensor([ids])).logits[0, -1], rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_and_a_slot_filled_to_its_last_token() -> None:

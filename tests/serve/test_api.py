@@ -5,78 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 import pytest
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
+from bitdistill_ray import generate
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
-from bitdistill_serve.api import create_api
-from bitdistill_serve.service import Service
-from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
-from tests.tiny_models import tiny_tokenizer
-
-Json = dict[str, Any]
-GREEDY: Json = {"model": "tiny", "temperature": 0, "max_tokens": 8}
-CHAT: Json = {"model": "tiny", "temperature": 0, "max_tokens": 8, "messages": [{"role": "user", "content": "The dog."}]}
-CHAT_PROMPT = "<|im_start|>user\nThe dog.<|im_end|>\n<|im_start|>assistant\n"
-
-
-@asynccontextmanager
-async def serving(
-    *,
-    slots: int = 4,
-    queue: int = 8,
-    slot_tokens: int = 128,
-    tokenizer: PreTrainedTokenizerFast | None = None,
-    decoder: TorchDecoder | None = None,
-) -> AsyncIterator[tuple[httpx.AsyncClient, Service]]:
-    service = Service.over(
-        decoder or TorchDecoder(shared_model(), slots=slots, slot_tokens=slot_tokens),
-        tokenizer or tiny_tokenizer(),
-        name="tiny",
-        stop_ids=[EOS_ID],
-        queue=queue,
-        prefill_tokens=16,
-    )
-    service.start()
-    transport = httpx.ASGITransport(create_api(lambda: service), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client, service
-    await service.stop()
-
-
-def ask(path: str, body: Any, **options: Any) -> httpx.Response:
-    """One request to a server of its own."""
-
-    async def scenario() -> httpx.Response:
-        async with serving(**options) as (client, _):
-            return await client.post(path, json=body)
-
-    return asyncio.run(scenario())
-
-
-def events(response: httpx.Response) -> list[Json]:
-    """The chunks of a stream, which must end with [DONE]."""
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *chunks, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(chunk.startswith("data: ") for chunk in chunks)
-    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
-
-
-def error(response: httpx.Response, status: int) -> Json:
-    assert response.status_code == status, response.text
-    body: Json = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"message", "type", "param", "code"}
-    error: Json = body["error"]
-    return error
+from tests.serve.in_process import CHAT, CHAT_PROMPT, GREEDY, Json, ask, error, events, serving, until
+from tests.serve.references import greedy_text, prompt_ids, shared_model
+from tests.tiny_models import save_tiny, tiny_tokenizer
 
 
 def test_a_completion_is_the_models_own_text() -> None:
@@ -88,7 +28,8 @@ def test_a_completion_is_the_models_own_text() -> None:
     assert answer["choices"] == [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}]
     prompt_tokens = len(prompt_ids("The quick"))
     assert answer["usage"] == {
-        "prompt_tokens": prompt_tokens, "completion_tokens": 8, "total_tokens": prompt_tokens + 8
+        "prompt_tokens": prompt_tokens, "completion_tokens": 8, "total_tokens": prompt_tokens + 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip
 
 
@@ -111,6 +52,15 @@ def test_n_choices_differ_and_a_seed_repeats_them() -> None:
     assert texts[0] != texts[1]
     assert texts == [choice["text"] for choice in again["choices"]]
     assert first["usage"]["prompt_tokens"] == len(prompt_ids("A")) + len(prompt_ids("dog."))
+
+
+def test_a_sampled_answer_equals_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5,
+                "repetition_penalty": 1.2, "presence_penalty": 0.25, "seed": 7, "max_tokens": 24}  # fmt: skip
+    flags = [part for name, value in sampling.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    assert generate.main([str(save_tiny(tmp_path)), "--prompt", "The quick", *flags, "--logit-bias", "70=2"]) == 0
+    body = {"model": "tiny", "prompt": "The quick", "logit_bias": {"70": 2}} | sampling
+    assert capsys.readouterr().out.endswith(ask("/v1/completions", body).json()["choices"][0]["text"] + "\n")
 
 
 def test_a_stream_adds_up_to_the_whole_answer() -> None:
@@ -194,9 +144,14 @@ def test_models_and_health() -> None:
         ("/v1/completions", {"max_tokens": 0}, "max_tokens"),
         ("/v1/completions", {"n": 0}, "n"),
         ("/v1/completions", {"n": 100}, None),
-        ("/v1/completions", {"stop": ["a", "b", "c", "d", "e"]}, "stop"),
-        ("/v1/completions", {"logprobs": 3}, "logprobs"),
-        ("/v1/completions", {"echo": True}, "echo"),
+        ("/v1/completions", {"stop": ["a"] * 17}, "stop"),
+        ("/v1/completions", {"logprobs": 21}, "logprobs"),
+        ("/v1/completions", {"logprobs": True}, "logprobs"),
+        ("/v1/completions", {"logit_bias": {"320": 1}}, "logit_bias"),
+        ("/v1/completions", {"logit_bias": {"3": 101}}, "logit_bias"),
+        ("/v1/completions", {"guided_regex": "("}, "guided_regex"),
+        ("/v1/completions", {"guided_json": {"type": "nothing"}}, "guided_json"),
+        ("/v1/completions", {"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
         ("/v1/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("/v1/completions", {"prompt": ""}, "prompt"),
         ("/v1/completions", {"prompt": []}, "prompt"),
@@ -206,7 +161,9 @@ def test_models_and_health() -> None:
         ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role"),
         ("/v1/chat/completions", {"tools": [{"type": "function"}]}, "tools"),
-        ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("/v1/chat/completions", {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs"),
+        ("/v1/chat/completions", {"response_format": {"type": "yaml"}}, "response_format"),
     ],
 )
 def test_a_bad_request_names_its_parameter(path: str, change: Json, param: str | None) -> None:
@@ -273,11 +230,6 @@ def test_a_full_queue_is_429_with_a_time_to_wait() -> None:
             assert (await client.post("/v1/completions", json=GREEDY | {"prompt": "A"})).status_code == 200
 
     asyncio.run(scenario())
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 class PacedDecoder(TorchDecoder):

@@ -14,8 +14,12 @@ from torch import Tensor
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError, ServeError
-from bitdistill_serve.batch import Batch, End, Generation, Piece
-from bitdistill_serve.engine import Engine, EngineStoppedError, QueueFullError, Status, Stream
+from bitdistill_serve.batch import Batch
+from bitdistill_serve.engine import Engine, Status, Stream
+from bitdistill_serve.errors import EngineStoppedError, QueueFullError
+from bitdistill_serve.generation import End, Generation, Piece
+from bitdistill_serve.metrics import Metrics
+from bitdistill_serve.options import ServeOptions
 from tests.serve.references import EOS_ID, greedy_text, prompt_ids, shared_model
 from tests.tiny_models import tiny_tokenizer
 
@@ -52,7 +56,10 @@ def decoder(slots: int, *, slot_tokens: int = 256) -> FaultyDecoder:
 
 @asynccontextmanager
 async def running(decoder: TorchDecoder, *, queue: int = 16, prefill_tokens: int = 8) -> AsyncIterator[Engine]:
-    engine = Engine(decoder, tiny_tokenizer(), stop_ids=frozenset({EOS_ID}), queue=queue, prefill_tokens=prefill_tokens)
+    options = ServeOptions(model="tiny", queue=queue, prefill_tokens=prefill_tokens)
+    engine = Engine(
+        decoder, tiny_tokenizer(), options, stop_ids=frozenset({EOS_ID}), metrics=Metrics("tiny", {"decoder": "torch"})
+    )
     engine.start()
     yield engine
     await engine.stop()
@@ -72,7 +79,7 @@ async def read(stream: Stream) -> Piece:
 
 
 async def until_idle(engine: Engine) -> None:
-    while engine.health().running or engine.health().waiting:
+    while (health := engine.health()).running or health.waiting:  # of one moment
         await asyncio.sleep(0.001)
 
 
@@ -164,6 +171,21 @@ def test_a_full_queue_refuses_at_once_and_takes_all_choices_or_none() -> None:
             first.cancel()
             assert {index async for index, _ in second} == {0, 1}
             assert (await read(engine.submit([ask("A")]))).tokens > 0
+
+    asyncio.run(scenario())
+
+
+def test_a_client_cannot_shut_another_out() -> None:
+    async def scenario() -> None:
+        async with running(decoder(slots=1), queue=8) as engine:
+            crowd = [engine.submit([ask("A", tokens=20)], client="many") for _ in range(8)]
+            with pytest.raises(QueueFullError):
+                engine.submit([ask("A")], client="many")
+            other = engine.submit([ask("dog.")], client="one")
+            assert (await read(other)).text == greedy_text(prompt_ids("dog."), 12)
+            assert sum(bool(stream.live) for stream in crowd) >= 6  # it did not wait for all of them
+            for stream in crowd:
+                stream.cancel()
 
     asyncio.run(scenario())
 

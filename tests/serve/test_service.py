@@ -15,7 +15,7 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.packed.model import export_packed, load_packed_model
 from bitdistill_serve.options import ServeOptions
-from bitdistill_serve.protocol import CompletionRequest
+from bitdistill_serve.requests import CompletionRequest
 from bitdistill_serve.service import Service
 from tests.serve.references import greedy, prompt_ids
 from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer

@@ -1,0 +1,8 @@
+#include "lanes_scalar.inl"
+#include "vector_ops.inl"
+
+namespace bdk {
+
+const VectorOps kScalarOps = {rms_norm, add_to, apply_gate, rotate, soft_cap, widen, dense_rows, append, attend};
+
+}  // namespace bdk

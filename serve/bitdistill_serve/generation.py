@@ -1,0 +1,134 @@
+"""One generation: what is asked for, what it grew by, and its state between its arrival and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, TypeVar
+
+from bitdistill_ray.decode.logprobs import TokenLogprob
+from bitdistill_ray.decode.sampling import History, Sampling
+from bitdistill_ray.errors import BitdistillError
+from bitdistill_serve.detokenize import Detokenizer, StopMatcher, Tokenizer
+from bitdistill_serve.grammar import Grammar
+
+K = TypeVar("K", bound=Hashable)
+
+
+class End(Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # a stop token, a stop string, or the end of its grammar
+    LENGTH = "length"  # max_tokens, or the slot is full
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What is asked for: continue `prompt`, up to any of `stops`."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """Tell each token's log-probability, beside that many alternatives."""
+    score_from: int | None = None
+    """Tell those of the prompt's tokens too, from this one on; at least 1, for nothing comes before token 0."""
+    ignore_eos: bool = False
+    """Go on after a stop token, up to the limit."""
+    writes: bool = True
+    """False: the prompt is only scored."""
+    common: int = 0
+    """First tokens of the prompt that other generations of the same request have too."""
+    grammar: Grammar | None = None
+
+    @property
+    def reusable(self) -> int:
+        """How many first tokens may come from the cache: what is scored must be read."""
+        return len(self.prompt) - 1 if self.score_from is None else self.score_from - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one sequence grew by; its end, and the error of a failure, in the last.
+
+    `tokens` counts what was generated, `cached` the tokens of the prompt that had not to be read.  `logprobs` are of
+    generated tokens, `scored` of the prompt's.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    end: End | None = None
+    error: BitdistillError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    scored: tuple[TokenLogprob, ...] = ()
+    cached: int = 0
+
+    @classmethod
+    def joined(cls, pieces: Iterable[Piece]) -> Piece:
+        """Pieces that follow each other as one."""
+        first, *others = pieces
+        if not others:
+            return first
+        every = [first, *others]
+        return cls(
+            "".join(p.text for p in every),
+            sum(p.tokens for p in every),
+            every[-1].end,
+            every[-1].error,
+            tuple(told for p in every for told in p.logprobs),
+            tuple(told for p in every for told in p.scored),
+            sum(p.cached for p in every),
+        )
+
+
+class Job(Generic[K]):
+    """A generation between `Batch.add` and its end.  `slot` is -1 while it waits."""
+
+    __slots__ = (
+        "arrived_s",
+        "cached",
+        "client",
+        "detokenizer",
+        "generation",
+        "guide",
+        "key",
+        "slot",
+        "stops",
+        "tokens",
+    )
+
+    def __init__(self, key: K, generation: Generation, tokenizer: Tokenizer, *, client: str, arrived_s: float) -> None:
+        self.key, self.generation, self.client, self.arrived_s = key, generation, client, arrived_s
+        self.detokenizer = Detokenizer(tokenizer, generation.prompt)
+        self.stops = StopMatcher(generation.stops)
+        self.guide = generation.grammar.guide() if generation.grammar else None
+        self.slot = -1
+        self.tokens: list[int] = []
+        self.cached = 0  # not told yet
+
+    def history(self) -> History:
+        """What its next token depends on."""
+        allowed_V = self.guide.allowed() if self.guide else None
+        return History(self.generation.sampling, self.generation.prompt, self.tokens, allowed_V)
+
+    def grow(self, token: int, told: tuple[TokenLogprob, ...], *, stop_ids: frozenset[int], full: bool) -> Piece:
+        """Append a token; the piece has an end if this is the last.  `full`: its slot holds no further one."""
+        self.tokens.append(token)
+        complete = self.guide.take(token) if self.guide else False
+        end = End.LENGTH if full or len(self.tokens) >= self.generation.sampling.max_tokens else None
+        end = End.STOP if complete else end
+        if token in stop_ids and not self.generation.ignore_eos:
+            end, text = End.STOP, ""
+        else:
+            text = self.stops.push(self.detokenizer.push(token))
+        if end is not None and not self.stops.stopped:
+            text += self.stops.push(self.detokenizer.finish()) + self.stops.finish()
+        return Piece(text, 1, End.STOP if self.stops.stopped else end, None, told, (), self.tell_cached())
+
+    def tell_cached(self) -> int:
+        """The tokens that had not to be read, once."""
+        cached, self.cached = self.cached, 0
+        return cached

@@ -1,0 +1,316 @@
+"""What clients send, in OpenAI's schema: `/v1/completions`, `/v1/chat/completions`, and `/v1/classify`, which is ours.
+
+As at OpenAI, an unknown parameter is refused, not dropped, so that a misspelt `temprature` cannot pass unnoticed.  A
+known parameter that this server does not implement passes at its default (clients send those) and is refused by name
+otherwise.  A few only label a request (`user`, `metadata`); they change no answer and are taken silently.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic_core import PydanticCustomError
+
+from bitdistill_serve.errors import printable
+
+LABELS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"})
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "suffix": ("",),
+}
+MAX_STOPS, MAX_CHOICES, MAX_BIASES, MAX_LOGPROBS = 16, 128, 1024, 20  # stops: OpenAI takes 4, harnesses send more
+
+
+def refused(kind: str, message: str, name: str) -> PydanticCustomError:
+    """A validation error about the parameter `name`, which its message may quote as {name}."""
+    return PydanticCustomError(kind, message, {"name": name})
+
+
+def _is_unicode(text: str) -> str:
+    """Refuse half a surrogate pair, which JSON can write (`"\\ud800"`) and no tokenizer can read."""
+    if not printable(text) == text:
+        raise PydanticCustomError("invalid_unicode", "Input should be valid Unicode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)]
+TokenIds = list[Annotated[StrictInt, Field(ge=0)]]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """`include_usage` adds a last chunk with the token counts and no choices."""
+
+    include_usage: bool = False
+
+
+class JsonSchema(Strict):
+    """What OpenAI calls a structured output; `strict` is always on, `name` and `description` only label it."""
+
+    name: Text
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    strict: bool | None = None
+
+
+class TextFormat(Strict):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObject(Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchemaFormat(Strict):
+    """JSON of one schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObject | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class Named(BaseModel):
+    """What every request has; a null is as if the parameter were absent."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: Text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+    @model_validator(mode="after")
+    def _refuse_what_has_no_effect(self) -> Named:
+        for name, value in (self.model_extra or {}).items():
+            if name in LABELS or any(type(value) is type(v) and value == v for v in NEUTRAL.get(name, ())):
+                continue
+            if name in NEUTRAL:
+                raise refused("unsupported_parameter", "{name} is not supported here", name)
+            raise refused("unknown_parameter", "Unrecognized request argument supplied: {name}", name)
+        return self
+
+
+class GenerationRequest(Named):
+    """What both endpoints share.
+
+    Sampling has vLLM's extensions (`top_k`, `min_p`, `repetition_penalty`, `ignore_eos`), and so has the constraint of
+    a text: `guided_choice` (one of these), `guided_regex`, `guided_json` (a schema).
+    """
+
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    seed: int | None = None
+    ignore_eos: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat = TextFormat(type="text")
+    guided_choice: list[Text] | None = Field(None, min_length=1, max_length=1024)
+    guided_regex: Text | None = Field(None, min_length=1)
+    guided_json: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_contradicts(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise refused("invalid_value", "{name} is only allowed when stream is true", "stream_options")
+        guides = {name: getattr(self, name) for name in ("guided_choice", "guided_regex", "guided_json")}
+        given = [name for name, value in guides.items() if value is not None]
+        if len(given) + (self.response_format.type != "text") > 1:
+            raise refused("invalid_value", "{name}: a text can have one constraint", given[0])
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings that end a text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many likelier tokens are told beside each token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether the stream ends with a usage chunk."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`: continue each prompt, given as text or as token ids.
+
+    `echo` repeats the prompt before its continuation, with `logprobs` those of the prompt too; then `max_tokens` may be
+    0, to score a text only.
+    """
+
+    prompt: Text | list[Text] | TokenIds | list[TokenIds]
+    max_tokens: int = Field(16, ge=0)
+    echo: bool = False
+    logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _nothing_is_asked_for(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("invalid_value", "{name} can be 0 with echo only", "max_tokens")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return None if self.logprobs is None or self.logprobs is False else self.logprobs
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one text or list of ids each."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        texts_or_ids: list[str | list[int]] = [p for p in self.prompt if not isinstance(p, int)]
+        return texts_or_ids or [[i for i in self.prompt if isinstance(i, int)]]
+
+
+class TextPart(Strict):
+    """One part of a message; images and audio are refused."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class FunctionCall(Strict):
+    """What a model called, and with what."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCall(Strict):
+    """One call of an earlier answer."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | list[TextPart] | None = None
+    name: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: Text | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("missing", "A message needs content, or tool_calls of the assistant")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """What a chat template takes; `developer` is OpenAI's newer name of `system`."""
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
+        return turn | {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k))}
+
+
+class Function(Strict):
+    """A function that the model may call; `parameters` is a JSON schema."""
+
+    name: Text
+    description: Text | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """What the chat template is told of a function; an answer that calls it is text, as the model writes it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`: answer the last message, as the tokenizer's chat template writes the turns.
+
+    Without a limit an answer may fill its slot.
+    """
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: StrictBool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] = Field(default_factory=list)
+    tool_choice: Literal["none", "auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _alternatives_of_nothing(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise refused("invalid_value", "{name} is only allowed when logprobs is true", "top_logprobs")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def limit(self) -> int | None:
+        """The limit on generated tokens, by its newer or its older name."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class Normalize(StrEnum):
+    """How a label's log-probability is made from those of its tokens."""
+
+    SUM = "sum"  # as `bitdistill evaluate` scores tasks
+    MEAN = "mean"  # labels of different lengths on one scale
+
+
+class ClassifyRequest(Named):
+    """`POST /v1/classify`: how likely the model holds each label after the input, a text or a chat."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    labels: list[Annotated[Text, Field(min_length=1)]] = Field(min_length=2, max_length=1024)
+    normalize: Normalize = Normalize.SUM
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ClassifyRequest:
+        if (self.input is None) == (self.messages is None):
+            raise refused("invalid_value", "Give {name} or messages", "input")
+        if len(set(self.labels)) != len(self.labels):
+            raise refused("invalid_value", "{name} must differ from each other", "labels")
+        return self
+
+    @property
+    def inputs(self) -> list[str]:
+        """The texts; empty for a chat."""
+        return [self.input] if isinstance(self.input, str) else self.input or []
