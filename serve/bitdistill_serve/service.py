@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +24,8 @@ from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.prompts import Prompts, Room
 from bitdistill_serve.rates import Client
 from bitdistill_serve.token_texts import TokenTexts
+
+SWITCH_S = 0.0005  # a step takes Python's lock back many times, and each time may wait so long for the event loop
 
 
 @dataclass(slots=True)
@@ -69,10 +72,11 @@ class Service:
 
     @classmethod
     def load(cls, options: ServeOptions) -> Service:
-        """Read the model, and give this process's torch and kernels their threads.
+        """Read the model, and give this process's torch and kernels their threads, and its decoder Python's lock soon.
 
         Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
         """
+        sys.setswitchinterval(SWITCH_S)
         decoder, tokenizer, ends = open_decoder(options)
         return cls.over(decoder, tokenizer, options, stop_ids=ends)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,9 @@ TERNARY = QuantSpec(format=Format.TERNARY, granularity=Granularity.TENSOR, group
 def own_threads() -> Iterator[None]:
     """`Service.load` sets the threads of its process, which is a replica; here it is the tests'."""
     before = torch.get_num_threads(), bitdistill_kernels.threads()
+    interval = sys.getswitchinterval()
     yield
+    sys.setswitchinterval(interval)
     torch.set_num_threads(before[0])
     bitdistill_kernels.set_threads(before[1])
 
