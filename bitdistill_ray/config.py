@@ -14,12 +14,12 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.section import Strict
 from bitdistill_ray.stage_config import (
     CalibratedStage,
     DistillStage,
-    LossConfig,
     PretrainStage,
     RefineStage,
     Sources,

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from bitdistill_ray.config import Config, QuantConfig, StudentConfig
 from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.recipe import check
-from bitdistill_ray.stage_config import ClipStage, DistillStage, LossConfig, SourceConfig
+from bitdistill_ray.stage_config import ClipStage, DistillStage, SourceConfig
 
 ROAD: dict[str, Any] = {"write": None, "refine": None, "clip": None, "distill": None, "export": None}
 

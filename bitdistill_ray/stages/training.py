@@ -29,12 +29,13 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.data.encoder import StoredEncoder, load_encoder
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.model.load import readable
 from bitdistill_ray.plan import steps
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.sigterm import Terminated, sigterm_calls
-from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
+from bitdistill_ray.stage_config import FinetuneStage, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import begun
 from bitdistill_ray.stages.corpus import corpus_of, quality_windows

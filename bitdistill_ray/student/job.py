@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from bitdistill_ray.config import Config
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.model.identity import ModelIdentity
 from bitdistill_ray.runs import RunFolder
-from bitdistill_ray.stage_config import LossConfig, TrainStage
+from bitdistill_ray.stage_config import TrainStage
 from bitdistill_ray.teacher.roster import Roster
 
 

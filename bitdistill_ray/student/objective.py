@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitdistill_ray.loss_config import LossConfig, RelationConfig
 from bitdistill_ray.losses.objective import (
     GammaMode,
     Objective,
@@ -12,7 +13,6 @@ from bitdistill_ray.losses.objective import (
     Term,
     TermKind,
 )
-from bitdistill_ray.stage_config import LossConfig, RelationConfig
 
 
 def objective_of(loss: LossConfig) -> Objective:

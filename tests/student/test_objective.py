@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.objective import GammaMode, Reduction, RelationForm, RelationTerm, Scope, Term, TermKind
-from bitdistill_ray.stage_config import LossConfig
 from bitdistill_ray.student.objective import objective_of, student_layer
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitdistill_ray.core import Format, QuantSpec, TeacherSignals
+from bitdistill_ray.loss_config import LossConfig, RelationConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
@@ -14,7 +15,6 @@ from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.quant import dequantize, quantize
-from bitdistill_ray.stage_config import LossConfig, RelationConfig
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.probes import CodeProbe, Probes, term_gradients

@@ -11,13 +11,13 @@ from torch import nn
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.core import AttentionStates, Format, QuantSpec, TeacherSignals, TokenBatch, TopK
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.acceleration import accelerate
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
-from bitdistill_ray.stage_config import LossConfig
 from bitdistill_ray.student.layout import LongParameters, OwnParameters
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
