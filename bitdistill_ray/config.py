@@ -14,20 +14,20 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.loss_config import LossConfig
+from bitdistill_ray.loss_config import SEARCH, AdaptiveWeight, LossConfig, RelationConfig
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.section import Strict
 from bitdistill_ray.stage_config import (
     CalibratedStage,
-    DistillStage,
-    PretrainStage,
     RefineStage,
+    SearchStage,
     Sources,
     StageConfig,
+    StudentStage,
     TrainStage,
 )
 
-NEED_A_STUDENT = ("awq", "clip", "gptq", "reconstruct", "pretrain", "distill", "export")
+NEED_A_STUDENT = ("awq", "clip", "gptq", "reconstruct", "pretrain", "search", "distill", "export")
 
 
 class Dtype(StrEnum):
@@ -273,9 +273,40 @@ class Config(Strict):
                 if stage.average and self.student.zero == 3:
                     raise ConfigError(f"stages.{name}.average", f"{stage.average} under ZeRO-3, where no rank holds "
                                       "the weights", "Set student.zero=2, or average=0")  # fmt: skip
-            if isinstance(stage, PretrainStage | DistillStage) and stage.loss.needs_teacher:
+            if isinstance(stage, StudentStage):
+                self._check_relation(name, stage.loss.relation, searched="search" in kinds[:place])
+            if isinstance(stage, StudentStage) and stage.loss.needs_teacher:
                 self._check_payload(name, stage.loss)
+            if isinstance(stage, SearchStage) and self.searching(name) is None:
+                raise ConfigError(f"stages.{name}", "no later stage has loss.relation.layer=search",
+                                  "Set it there, or leave the search out")  # fmt: skip
         return self
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings without effect, of which a run warns."""
+        return tuple(
+            f"stages.{name}.loss.{key}: no effect without a KL (forward_kl, reverse_kl, jsd, cakld)"
+            for name, stage in self.stages.items()
+            if isinstance(stage, StudentStage)
+            for key in stage.loss.unused
+        )
+
+    def searching(self, name: str) -> str | None:
+        """The stage that a `search` stage finds the layer for: the first after it that asks for one."""
+        later = list(self.stages.items())[list(self.stages).index(name) + 1 :]
+        return next((key for key, stage in later if isinstance(stage, StudentStage) and stage.loss.relation
+                     and stage.loss.relation.layer == SEARCH), None)  # fmt: skip
+
+    def _check_relation(self, name: str, relation: RelationConfig | None, *, searched: bool) -> None:
+        if relation is None:
+            return
+        if relation.layer == SEARCH and not searched:
+            raise ConfigError(f"stages.{name}.loss.relation.layer", "search, and no `search` stage comes before it",
+                              "Put one before it, such as search: {layers: [10, 14, 18, 22]}")  # fmt: skip
+        if isinstance(relation.weight, AdaptiveWeight) and self.student.zero == 3:
+            raise ConfigError(f"stages.{name}.loss.relation.weight", "adaptive under ZeRO-3, which shards what its "
+                              "gradients would be measured on", "Set student.zero=2, or give a number")  # fmt: skip
 
     def _check_batch(self, name: str, sequences: int) -> None:
         workers, passes = self.student.workers, self.student.passes(sequences)

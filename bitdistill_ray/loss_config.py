@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.section import Strict
+
+KLS = ("forward_kl", "reverse_kl", "jsd", "cakld")
+ADAPTIVE, SEARCH = "adaptive", "search"
+
+
+class AdaptiveWeight(Strict):
+    """A weight by gradients: as large as makes the norm of the relations' gradient `ratio` times that of other terms.
+
+    It is measured on the student's own gradients in the first step and in every so-manieth after it (two passes more,
+    over the first micro-batch of each worker) and stays as it is in between."""
+
+    ratio: float = Field(1.0, gt=0)
+    against: Literal["ce", "others"] = "others"
+    """The gradient of the cross-entropy alone, or of all other terms together, each with its weight."""
+    every: int = Field(25, ge=1)
+    """Steps between measurements."""
+    smoothing: float = Field(0.7, ge=0, lt=1)
+    """Share of the weight before in the new one, in logarithms."""
+
+
+def _weight(value: Any) -> Any:
+    return {} if value == ADAPTIVE else value
 
 
 class RelationConfig(Strict):
     """Attention-relation distillation (spec: BitNet Distillation, eq. 10-12 and Algorithm 1)."""
 
-    weight: float = Field(gt=0)
-    layer: int = -1
-    """Which layer; negative counts from the end."""
+    weight: Annotated[Annotated[float, Field(gt=0)] | AdaptiveWeight, BeforeValidator(_weight)]
+    """A number, `adaptive`, or the section of an adaptive weight."""
+    layer: int | Literal["search"] = -1
+    """Which layer of the teacher; negative counts from the end; search: the one that the `search` stage found."""
+    query: float = Field(1.0, ge=0)
+    """Weight of the queries' relations among the three."""
+    key: float = Field(1.0, ge=0)
+    value: float = Field(1.0, ge=0)
     form: Literal["cosine", "scaled-dot"] = "cosine"
     heads: int | None = Field(32, ge=1)
     """Relation heads that the merged heads are split into; empty: the attention's own."""
@@ -49,7 +76,25 @@ class LossConfig(Strict):
     @property
     def needs_teacher(self) -> bool:
         """False for plain cross-entropy."""
-        return any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld, self.relation))
+        return self.relation is not None or any(getattr(self, kind) for kind in KLS)
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Keys that are set and say nothing about this sum."""
+        if any(getattr(self, kind) for kind in KLS):
+            return ()
+        return tuple(key for key in ("temperature", "temperature_squared", "kl_scope")
+                     if getattr(self, key) != type(self).model_fields[key].default)  # fmt: skip
+
+    @model_validator(mode="after")
+    def _comparable(self) -> LossConfig:
+        weight = self.relation.weight if self.relation else None
+        if isinstance(weight, AdaptiveWeight):
+            others = self.ce if weight.against == "ce" else self.ce or any(getattr(self, kind) for kind in KLS)
+            if not others:
+                raise ConfigError("loss.relation.weight", f"adaptive against {weight.against}, which there are none of",
+                                  "Give the other term a weight, or the relations a number")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _something(self) -> LossConfig:
@@ -57,10 +102,6 @@ class LossConfig(Strict):
             raise ConfigError(
                 "loss", "every weight is 0", "Give one of ce, forward_kl, reverse_kl, jsd, cakld a weight"
             )
-        if not any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld)):
-            for key, unset in (("temperature", 1.0), ("temperature_squared", False), ("kl_scope", "targets")):
-                if getattr(self, key) != unset:
-                    raise ConfigError(f"loss.{key}", f"{getattr(self, key)} without a KL", f"Leave {key} out")
         if self.gamma == "per-token" and self.kl_scope != "targets":
             raise ConfigError("loss.kl_scope", f"{self.kl_scope} with gamma per token", "Use targets: it needs labels")
         if self.temperature_squared and self.temperature == 1:
@@ -70,3 +111,11 @@ class LossConfig(Strict):
         if isinstance(self.gamma, float | int) and not 0 <= self.gamma <= 1:
             raise ConfigError("loss.gamma", f"{self.gamma}", "Give a number from 0 to 1")
         return self
+
+
+def _named(value: Any) -> Any:
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+Loss = Annotated[LossConfig, BeforeValidator(_named)]
+"""A term's name alone stands for that term with weight 1, and nothing else."""

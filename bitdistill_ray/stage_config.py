@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.evaluate_config import EvaluateStage
-from bitdistill_ray.loss_config import LossConfig
+from bitdistill_ray.loss_config import Loss, LossConfig
 from bitdistill_ray.section import Strict
 
 
@@ -192,18 +192,41 @@ class FinetuneStage(TrainStage):
     kind: Literal["finetune"] = "finetune"
 
 
-class PretrainStage(TrainStage):
+class StudentStage(TrainStage):
+    """What `pretrain` and `distill` have in common: the quantised student learns."""
+
+    loss: Loss
+    quant_warmup_steps: int = Field(0, ge=0)
+    """Steps in which weights and activations become quantised little by little, w + s (Q(w) - w) with s from 0 to 1;
+    0: at once."""
+
+
+class PretrainStage(StudentStage):
     """Continued pre-training of the quantised student on the stream."""
 
     kind: Literal["pretrain"] = "pretrain"
-    loss: LossConfig = LossConfig(ce=1.0)
+    loss: Loss = LossConfig(ce=1.0)
 
 
-class DistillStage(TrainStage):
+class DistillStage(StudentStage):
     """Distillation from the teacher pool."""
 
     kind: Literal["distill"] = "distill"
-    loss: LossConfig = LossConfig(cakld=1.0)
+    loss: Loss = LossConfig(cakld=1.0)
+
+
+class SearchStage(Strict):
+    """The next stage with `loss.relation.layer=search` is run for a short while with each of some layers; the one with
+    the lowest cross-entropy at the end is its layer."""
+
+    kind: Literal["search"] = "search"
+    layers: tuple[int, ...] = Field(min_length=2)
+    """Of the teacher; negative ones count from the end."""
+    tokens: int = Field(500_000, ge=1)
+    """Budget of each; the learning rate falls to its end within it."""
+    judged_on: float = Field(0.25, gt=0, le=1)
+    """Share of the steps, the last ones, over which the cross-entropy is averaged: on rows that are new to the student
+    as long as the budget is less than a pass over them."""
 
 
 class ExportStage(Strict):
@@ -223,6 +246,7 @@ StageConfig = Annotated[
     | WriteStage
     | FinetuneStage
     | PretrainStage
+    | SearchStage
     | DistillStage
     | ExportStage
     | EvaluateStage,

@@ -27,6 +27,7 @@ from bitdistill_ray.sigterm import Terminated, terminable
 def run(config: Config) -> dict[str, Any]:
     """Run every stage that is not finished yet; return the summary."""
     preflight(config)
+    print("".join(f"warning: {line}\n" for line in config.unused), end="", flush=True)
     folder = RunFolder(config)
     folder.begin()
     with cluster(config), terminable():  # within: `ray.init` sets a handler of its own

@@ -115,6 +115,10 @@ RELATION = "stages.distill.loss={{cakld: 1, relation: {{weight: 1, heads: {heads
             "stages.distill.loss.relation.heads: 32 does not divide the width 16 of Q, K or V. Give a divisor of it, "
             "such as 16",
         ),
+        (
+            "stages.distill={tokens: 1, quant_warmup_steps: 1}",
+            "stages.distill.quant_warmup_steps: 1 of 1 steps, so that no step would see what is exported. Give fewer",
+        ),
         ("teacher={payload: topk, topk: 321}", "teacher.topk: 321 of a vocabulary of 320. Set teacher.topk to at most"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bitdistill_ray.loss_config import LossConfig, RelationConfig
+from bitdistill_ray.loss_config import AdaptiveWeight, LossConfig, RelationConfig
 from bitdistill_ray.losses.objective import (
     GammaMode,
     Objective,
@@ -39,10 +39,13 @@ def objective_of(loss: LossConfig) -> Objective:
 
 def _relation_term(relation: RelationConfig) -> RelationTerm:
     return RelationTerm(
-        weight=relation.weight,
+        weight=1.0 if isinstance(relation.weight, AdaptiveWeight) else relation.weight,
         form=RelationForm(relation.form),
         temperature=relation.temperature,
         relation_heads=relation.heads,
+        query=relation.query,
+        key=relation.key,
+        value=relation.value,
         causal=relation.causal,
         divide_by_heads=relation.divide_by_heads,
     )

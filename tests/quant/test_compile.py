@@ -18,18 +18,25 @@ def check(format: Format, backend: str, in_features: int) -> None:
     x, g = torch.randn(5, in_features), torch.randn(8, in_features)
     inputs = [w] if alpha is None else [w, alpha]
 
-    def both(w: Tensor, alpha: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        return fake_quantize(w, spec, alpha=alpha), fake_quantize_activation(x, 8)
+    def both(w: Tensor, alpha: Tensor | None, x: Tensor, strength: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (fake_quantize(w, spec, alpha=alpha, strength=strength),
+                fake_quantize_activation(x, 8, strength=strength))  # fmt: skip
 
     torch.compiler.reset()
     eager_w, eager_x = both(w, alpha, x)
-    fused_w, fused_x = torch.compile(both, backend=backend, fullgraph=True)(w, alpha, x)
+    compiled = torch.compile(both, backend=backend, fullgraph=True)
+    fused_w, fused_x = compiled(w, alpha, x)
     assert torch.equal(fused_w, eager_w)
     assert torch.equal(fused_x, eager_x)
     for fused, eager in zip(
         torch.autograd.grad(fused_w, inputs, g), torch.autograd.grad(eager_w, inputs, g), strict=True
     ):
         torch.testing.assert_close(fused, eager, rtol=1e-5, atol=1e-6)
+    if format in (Format.TERNARY, Format.SEQ2):  # one without and one with a gradient of its own
+        strength = torch.zeros(())
+        for value, expected in ((0.0, w), (1.0, eager_w)):
+            strength.fill_(value)  # in place: the same graph
+            torch.testing.assert_close(compiled(w, alpha, x, strength)[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11's aot_eager loses these gradients: see docs/LOG.md")

@@ -71,13 +71,22 @@ def test_relations_alone_are_an_objective() -> None:
                 "temperature": 2,
                 "divide_by_heads": False,
                 "causal": True,
+                "key": 0,
+                "value": 2,
             }
         }
     )
     objective = objective_of(loss)
     assert objective.terms == ()
     assert objective.relation == RelationTerm(
-        weight=60, form=RelationForm.SCALED_DOT, relation_heads=8, temperature=2, divide_by_heads=False, causal=True
+        weight=60,
+        form=RelationForm.SCALED_DOT,
+        relation_heads=8,
+        temperature=2,
+        divide_by_heads=False,
+        causal=True,
+        key=0,
+        value=2,
     )
 
 
