@@ -24,6 +24,7 @@ from bitdistill_ray.stage_config import (
     Sources,
     StageConfig,
     StudentStage,
+    TaskSources,
     TrainStage,
 )
 
@@ -101,8 +102,9 @@ class DataConfig(Strict):
 
     With weights, sequences are drawn in proportion to them; each source then has passes of its own, and what the
     `write` stage wrote joins with weight 1."""
-    task: Sources = ()
-    """What a task is learned from (stages with `sources: task`), usually prompt/response pairs."""
+    task: TaskSources = ()
+    """What a task is learned from (stages with `sources: task`): a task that ships, by its name or as
+    `{task: NAME, path: …}`, or sources of prompt/response pairs."""
     sequence_length: int = Field(512, ge=8)
     shuffle_window: int = Field(1024, ge=1)
     """Sequences that are shuffled together."""

@@ -5,6 +5,7 @@
     stages/NAME/        what a stage made; `done.json`, written last, says that it is finished
     checkpoints/        Ray Train's, of the stage that is under way
     summary.json        tables of the `evaluate` stage and where everything lies
+    evaluation-rows.json   of tasks, what every model scored on every row: runs are compared row by row
     machine.json        the driver's commit, versions and machine
     report.html         curves, weights and tables of all that, readable without a network
     tensorboard/NAME/   event files of each training stage
@@ -34,6 +35,7 @@ from bitdistill_ray.stage_config import CalibratedStage, SearchStage
 from bitdistill_ray.storage import Storage
 
 DONE = "done.json"
+ROWS = "evaluation-rows.json"
 RESOURCES = ("teacher", "student", "storage", "run", "branch", "stages", "monitor")  # how a run computes, not what
 
 

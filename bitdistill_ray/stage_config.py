@@ -11,6 +11,8 @@ from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.evaluate_config import EvaluateStage
 from bitdistill_ray.loss_config import Loss, LossConfig
 from bitdistill_ray.section import Strict
+from bitdistill_ray.shipped import shipped
+from bitdistill_ray.task_config import TASKS, Labels, with_task
 
 
 class SourceConfig(Strict):
@@ -25,6 +27,22 @@ class SourceConfig(Strict):
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+    """With prompt_column or a template: pairs of which the response is learned."""
+    template: str | None = None
+    """Prompt with `{column}` fields, answered by response_column or by the words of a label."""
+    labels: Labels = Field(default_factory=dict)
+    """The words of label 0, 1, …, or of each value of the label column."""
+    label_column: str = "label"
+
+    @model_validator(mode="after")
+    def _answered(self) -> SourceConfig:
+        where = f"data: {self.path}"
+        if self.template is None and self.labels:
+            raise ConfigError(where, "labels without a template", "Give the prompt as template")
+        if self.template is not None and (self.prompt_column or bool(self.labels) == bool(self.response_column)):
+            raise ConfigError(where, "a template is answered either by labels or by response_column",
+                              "Give one of them, and no prompt_column")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> SourceConfig:
@@ -42,9 +60,10 @@ def _sources(value: Any) -> Any:
 
 
 def _source(entry: Any) -> Any:
-    """`PATH` and `{source: PATH, weight: 2}` are short for `{path: PATH, …}`."""
+    """`PATH` and `{source: PATH, weight: 2}` are short for `{path: PATH, …}`; `{task: NAME}` for what that one says."""
     if isinstance(entry, str):
         return {"path": entry}
+    entry = with_task(entry, split="train")
     if isinstance(entry, dict) and isinstance(entry.get("source"), str) and "path" not in entry:
         return {"path": entry["source"], **{key: value for key, value in entry.items() if key != "source"}}
     return entry
@@ -58,7 +77,12 @@ def _one_kind(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
     return sources
 
 
+def _task(value: Any) -> Any:
+    return with_task(value, split="train") if value in shipped(TASKS) else value
+
+
 Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), AfterValidator(_one_kind)]
+TaskSources = Annotated[Sources, BeforeValidator(_task)]
 
 
 class RefineStage(Strict):

@@ -93,7 +93,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="bitdistill train", description=__doc__.split("\n\n")[0],
-                                     epilog=f"recipes: {', '.join(recipe.shipped())}")  # fmt: skip
+                                     epilog=f"recipes: {', '.join(recipe.names())}")  # fmt: skip
     parser.add_argument("recipe", nargs="?", default=recipe.DEFAULT, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--plan", action="store_true", help="print what would happen, and start nothing")

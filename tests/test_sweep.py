@@ -14,6 +14,7 @@ import pytest
 
 from bitdistill_ray import recipe, sweep
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.shipped import shipped
 from bitdistill_ray.stage_config import DistillStage
 from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
 from tests.road import tiny_overrides
@@ -55,6 +56,29 @@ def test_a_row_may_read_what_another_made() -> None:
     assert second.config.branch is None
 
 
+def test_a_row_with_seeds_is_a_run_for_each_and_follows_its_branch_seed_by_seed() -> None:
+    task = {"recipe": "bitdistill-ternary", "run": "runs/t", "set": ["data=/c", "data.task=/t"], "against": "fp16"}
+    rows = {
+        "stage2": {"set": ["stages.finetune=false", "stages.distill=false"]},
+        "fp16": {"branch": "stage2", "seeds": [0, 1], "set": ["stages.distill=false"]},
+        "both": {"branch": "fp16", "seeds": [0, 1]},
+        "once": {"branch": "fp16"},
+    }
+    table = TableConfig.model_validate({**task, "rows": rows})
+    runs = {row.name: row for row in sweep.rows_of(table, only=["both", "once"])}
+    assert list(runs) == ["stage2", "fp16-seed0", "fp16-seed1", "both-seed0", "both-seed1", "once"]
+    assert runs["fp16-seed1"].waits_for == ("stage2",)
+    assert runs["both-seed1"].waits_for == ("fp16-seed1",)
+    assert runs["both-seed1"].config.branch == "runs/t/fp16-seed1"
+    assert runs["once"].config.branch == "runs/t/fp16-seed0"
+    seeds = {key: getattr(stage, "seed", None) for key, stage in runs["both-seed1"].config.stages.items()}
+    assert (seeds["pretrain"], seeds["finetune"], seeds["distill"]) == (0, 1, 1)
+    words = shlex.split(runs["both-seed1"].command)
+    assert recipe.load(words[2], words[3:]) == runs["both-seed1"].config
+    with pytest.raises(ConfigError, match="no row is called 'bf16'"):
+        TableConfig.model_validate({**task, "rows": rows, "against": "bf16"})
+
+
 def test_chosen_rows_bring_their_branches() -> None:
     assert [row.name for row in sweep.rows_of(TABLE, only=["kl"])] == ["clipped", "kl"]
     with pytest.raises(ConfigError, match=r"rows: there is none called 'jsd'. Known: kl, clipped, plain"):
@@ -68,7 +92,7 @@ def test_rows_that_branch_in_a_circle_are_refused() -> None:
         sweep.rows_of(table)
 
 
-@pytest.mark.parametrize("name", recipe.shipped(TABLES))
+@pytest.mark.parametrize("name", shipped(TABLES))
 def test_every_shipped_table_is_made_of_runs_that_can_be_planned(name: str) -> None:
     rows = sweep.rows_of(load_table(name), ["data=/corpus"])
     assert len({row.config.run for row in rows}) == len(rows)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 1000
+GAP = "_gap"  # behind a metric's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,24 @@ class ModelReport:
     bytes: int
     bytes_without_embeddings: int
     metrics: dict[str, Metric] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    """Values of single rows, by the metric that is their mean."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
+        """JSON-ready form, without the rows."""
+        return {key: value for key, value in asdict(self).items() if key != "rows"}
+
+    def add_rows(self, name: str, values_W: np.ndarray, protocol: str) -> None:
+        """A metric that is the mean over rows; they are kept, to be compared with another model's."""
+        self.metrics[name], self.rows[name] = bootstrap(values_W, protocol), values_W
+
+    def add_gaps(self, other: ModelReport) -> None:
+        """`METRIC_gap:TASK`, this model less the other on the same rows, for each metric whose rows both have."""
+        for name, values_W in self.rows.items():
+            if name in other.rows:
+                metric, _, task = name.partition(":")
+                said = f"less {other.name}, on the same {len(values_W)} rows; paired bootstrap"
+                self.metrics[f"{metric}{GAP}:{task}"] = bootstrap(values_W - other.rows[name], said)
 
 
 def bootstrap(
