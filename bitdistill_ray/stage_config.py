@@ -127,7 +127,8 @@ class GPTQStage(CalibratedStage):
 
 
 class AWQStage(CalibratedStage):
-    """AWQ: input channels that carry much are made larger before rounding, and divided out of what writes them."""
+    """AWQ: input channels that carry much are made larger before rounding (for ternary: smaller, so that their level is
+    higher), and divided out of what writes them."""
 
     kind: Literal["awq"] = "awq"
     steps: int = Field(20, ge=1)

@@ -67,13 +67,18 @@ class TableConfig(Strict):
 
 
 def load_table(name: str) -> TableConfig:
-    """Read a shipped table, or one at a path.
+    """Read a shipped table, or one at a path; `like: NAME` takes over another's keys and rows, and adds to its `set`.
 
     Raises:
         ConfigError: there is none, or it is no table.
     """
+    tree = recipe.read_tree(name, folder=TABLES, noun="table")
+    if isinstance(like := tree.pop("like", None), str):
+        base = recipe.read_tree(like, folder=TABLES, noun="table")
+        merged = {"set": [*base.get("set", ()), *tree.get("set", ())], "rows": {**base["rows"], **tree.get("rows", {})}}
+        tree = {**base, **tree, **merged}
     try:
-        return TableConfig.model_validate(recipe.read_tree(name, folder=TABLES, noun="table"))
+        return TableConfig.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or name

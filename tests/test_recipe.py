@@ -62,7 +62,7 @@ def test_a_shipped_recipe_plans_offline_and_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["bitdistill-ternary", "bitdistill-ternary-qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["bitdistill-ternary", "bitdistill-ternary-qwen3-4b"])
 def test_a_recipe_for_a_task_names_the_texts_that_it_lacks(name: str) -> None:
     with pytest.raises(ConfigError, match="Set data=PATH"):
         recipe.load(name)

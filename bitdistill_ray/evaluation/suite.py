@@ -63,9 +63,8 @@ class Suite:
         for text, ids_WT in self.texts.items():
             alone = candidate is teacher
             report.metrics |= language.measure(model, teacher.model, ids_WT, name=text, alone=alone)
-        for name, (task, rows) in self.tasks.items():
-            hits = tasks.hits(model, candidate.tokenizer, rows, task)
-            report.add_rows(f"accuracy:{name}", hits, tasks.protocol(rows, task))
+        for task, rows in self.tasks.values():
+            tasks.measure_task(model, candidate.tokenizer, rows, task, report)
         for wanted, rows in self.writing:
             measure_writing(model, candidate.tokenizer, rows, wanted, report)
         for options in self.harness:

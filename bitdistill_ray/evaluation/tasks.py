@@ -16,27 +16,27 @@ from torch import Tensor, nn
 from bitdistill_ray.core import TokenBatch
 from bitdistill_ray.data.template import Template
 from bitdistill_ray.evaluate_config import TaskConfig
+from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 
 ROWS_AT_A_TIME = 16
 
 
-def protocol(rows: Sequence[dict[str, Any]], task: TaskConfig) -> str:
-    """What an accuracy means."""
-    return f"{len(rows)} rows, labels {list(task.labels.values())} scored by log-probability"
-
-
-def hits(model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], task: TaskConfig) -> np.ndarray:
-    """1 for every row whose label is predicted, else 0.
+def measure_task(
+    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], task: TaskConfig, report: ModelReport
+) -> None:
+    """Add `accuracy:NAME`, the share of rows whose label is predicted, to a report.
 
     Raises:
         DataError: a column that the rows do not have, a label without words.
     """
     template, where = template_of(task), f"tasks.{task.name}"
-    labels = [template.label(row, where) for row in rows]
-    predicted = predict(model, tokenizer, rows, task)
-    return np.array([float(ours == theirs) for ours, theirs in zip(predicted, labels, strict=True)])
+    labels_W = np.array([template.label(row, where) for row in rows])
+    predicted_W = np.array(predict(model, tokenizer, rows, task))
+    words = f"{len(rows)} rows, labels {list(task.labels.values())} scored by log-probability"
+    report.add_rows(f"accuracy:{task.name}", (predicted_W == labels_W).astype(float), words)
+    report.predictions[task.name] = predicted_W
 
 
 def template_of(task: TaskConfig) -> Template:

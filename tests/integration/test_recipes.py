@@ -20,6 +20,8 @@ SCALE = {
     "bitdistiller-nf3-llama2-7b": "llama-untied",
     "bitdistiller-int2-qwen3-8b": "qwen3-untied",
     "bitdistill-ternary-qwen3-0.6b": "qwen3",
+    "bitdistill-ternary-qwen3-1.7b": "qwen3",
+    "bitdistill-ternary-qwen3-4b": "qwen3",
 }
 SMALL = {
     "quant.group_size": 16,
