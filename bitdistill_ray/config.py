@@ -309,6 +309,9 @@ class Config(Strict):
         if isinstance(relation.weight, AdaptiveWeight) and self.student.zero == 3:
             raise ConfigError(f"stages.{name}.loss.relation.weight", "adaptive under ZeRO-3, which shards what its "
                               "gradients would be measured on", "Set student.zero=2, or give a number")  # fmt: skip
+        if isinstance(relation.weight, AdaptiveWeight) and self.student.dtype is Dtype.FP16:
+            raise ConfigError(f"stages.{name}.loss.relation.weight", "adaptive in fp16, where gradients without a loss "
+                              "scale vanish", "Set student.dtype=bf16, or give a number")  # fmt: skip
 
     def _check_batch(self, name: str, sequences: int) -> None:
         workers, passes = self.student.workers, self.student.passes(sequences)

@@ -6,8 +6,9 @@ folder, GGUF file, wheel:…), local or at a URL.  Without --text and --harness,
 task is one that ships (sst2, qnli, mnli, cnn-dailymail; its rows are the hub's) or a YAML file with the keys of
 `stages.evaluate.tasks` (name, path, template, labels, label_column, limit; or task and path) or, with a
 reference_column, those of `stages.evaluate.writing`: texts to write, scored by ROUGE and BLEU.  What rows can be
-compared one by one also has its gap to the teacher, `accuracy_gap:TASK` and so on, with a paired interval.  --harness
-names tasks of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy,piqa --harness gsm8k:5`.
+compared one by one also has its gap to the teacher, `accuracy_gap:TASK` and so on, with a paired interval, and
+`agreement:TASK`, the share of labels predicted alike (with a latent student as --teacher: what packing changed).
+--harness names tasks of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy --harness gsm8k:5`.
 """
 
 from __future__ import annotations

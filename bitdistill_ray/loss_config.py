@@ -39,6 +39,8 @@ class RelationConfig(Strict):
     """A number, `adaptive`, or the section of an adaptive weight."""
     layer: int | Literal["search"] = -1
     """Which layer of the teacher; negative counts from the end; search: the one that the `search` stage found."""
+    student_layer: int | None = None
+    """The student's layer that learns from it; empty: the one at the same depth, of as many."""
     query: float = Field(1.0, ge=0)
     """Weight of the queries' relations among the three."""
     key: float = Field(1.0, ge=0)

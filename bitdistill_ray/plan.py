@@ -55,14 +55,17 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
             _check_relation_heads(f"stages.{key}.loss.relation.heads", relation.heads, teacher, student)
             if isinstance(relation.layer, int):
                 _check_layers(f"stages.{key}.loss.relation.layer", (relation.layer,), teacher)
+            if relation.student_layer is not None:
+                where = f"stages.{key}.loss.relation.student_layer"
+                _check_layers(where, (relation.student_layer,), student, whose="student")
     return teacher, student
 
 
-def _check_layers(where: str, layers: Sequence[int], teacher: ModelShape) -> None:
+def _check_layers(where: str, layers: Sequence[int], model: ModelShape, *, whose: str = "teacher") -> None:
     for layer in layers:
-        if not -teacher.layers <= layer < teacher.layers:
-            raise ConfigError(where, f"{layer} of a teacher with {teacher.layers} layers",
-                              f"Give a layer from {-teacher.layers} to {teacher.layers - 1}")  # fmt: skip
+        if not -model.layers <= layer < model.layers:
+            raise ConfigError(where, f"{layer} of a {whose} with {model.layers} layers",
+                              f"Give a layer from {-model.layers} to {model.layers - 1}")  # fmt: skip
 
 
 def _check_relation_heads(where: str, heads: int | None, teacher: ModelShape, student: ModelShape) -> None:

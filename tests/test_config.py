@@ -210,6 +210,8 @@ def test_an_adaptive_weight_is_a_word_or_a_section() -> None:
     loss = {"ce": 1, "relation": {"weight": "adaptive"}}
     with pytest.raises(ConfigError, match=r"relation\.weight: adaptive under ZeRO-3"):
         check(tree(stages={**ROAD, "distill": {"loss": loss}}, student={"zero": 3}))
+    with pytest.raises(ConfigError, match=r"relation\.weight: adaptive in fp16"):
+        check(tree(stages={**ROAD, "distill": {"loss": loss}}, student={"dtype": "fp16"}))
 
 
 SEARCHED: dict[str, Any] = {"loss": {"ce": 1, "relation": {"weight": 1, "layer": "search"}}}

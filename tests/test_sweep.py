@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from bitdistill_ray import recipe, sweep
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.plan import preflight
 from bitdistill_ray.shipped import shipped
 from bitdistill_ray.stage_config import DistillStage
 from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
@@ -96,6 +98,23 @@ def test_rows_that_branch_in_a_circle_are_refused() -> None:
 def test_every_shipped_table_is_made_of_runs_that_can_be_planned(name: str) -> None:
     rows = sweep.rows_of(load_table(name), ["data=/corpus"])
     assert len({row.config.run for row in rows}) == len(rows)
+
+
+SMOLLM2_135M = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                "tie_word_embeddings": True}  # fmt: skip
+
+
+def test_every_row_of_the_ternary_table_fits_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2_135M), encoding="utf-8")
+    rows = sweep.rows_of(load_table("ternary-sst2"), ["data=/corpus", f"model.teacher={tmp_path}"])
+    for row in rows:
+        if row.name != "teacher-360m":
+            preflight(row.config)
+    mnli = {row.name: row for row in sweep.rows_of(load_table("ternary-mnli"), ["data=/corpus"])}
+    assert mnli.keys() == {row.name for row in rows}
+    assert "glue:mnli" in mnli["distilled-seed0"].config.data.task[0].path
+    assert mnli["distilled-seed2"].config.branch == "runs/ternary-mnli/fp16-seed2"
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def _gamma_mode(loss: LossConfig) -> GammaMode:
     return GammaMode(loss.gamma) if isinstance(loss.gamma, str) else GammaMode.FIXED
 
 
-def student_layer(layer: int, teacher_layers: int, student_layers: int) -> int:
-    """The student's layer that learns from the teacher's `layer`: the one at the same relative depth."""
+def student_layer(layer: int, teacher_layers: int, student_layers: int, *, chosen: int | None = None) -> int:
+    """The student's layer that learns from the teacher's `layer`: the chosen one, else that at the same depth."""
+    if chosen is not None:
+        return chosen % student_layers
     layer %= teacher_layers
     return max(0, round((layer + 1) * student_layers / teacher_layers) - 1)

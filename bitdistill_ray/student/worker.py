@@ -333,7 +333,8 @@ class Worker:
             teacher_head = self._teacher_head()
         if self.job.relation_layer is not None:
             teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
-            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
+            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers,
+                                  chosen=self.job.student_layer)  # fmt: skip
         tapped = () if layer is None else (layer,)
         length, zero = self.job.config.data.sequence_length, self.job.config.student.zero
         self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=tapped)

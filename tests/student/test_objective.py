@@ -104,4 +104,5 @@ def test_models_of_one_depth_learn_layer_by_layer(layers: int) -> None:
 def test_other_depths_learn_from_the_same_relative_depth() -> None:
     assert [student_layer(i, 4, 2) for i in (1, 3)] == [0, 1]
     assert [student_layer(i, 2, 4) for i in (0, 1)] == [1, 3]
+    assert [student_layer(22, 36, 28, chosen=chosen) for chosen in (27, -1, 0)] == [27, 27, 0]
     assert student_layer(-8, 36, 28) == 22  # the 29th of 36 lies at 22.6 of 28: the 23rd, counted from 1
