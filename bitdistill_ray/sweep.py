@@ -11,10 +11,13 @@ TABLE is a shipped name or a YAML path:
       twice: {branch: clipped, seeds: [0, 1]}
       again: {after: ce, set: ["model.student={run}/ce/stages/distill/student"]}
 
-A row takes over what the row it branches from has made, and waits for it; `after` waits for a row that it reads.  On
-one machine each gets a Ray, GPUs and cores of its own, as many rows at a time as there are GPUs for; where RAY_ADDRESS
-is set, rows join that cluster.  Each is one `bitdistill train` command, which is printed and makes the row again; a
-sweep that was cut goes on where it was.
+A row takes over what the row it branches from has made, and waits for it; `after` waits for a row that it reads.  A
+row with seeds is a run for each, ROW-seedN; a second table has their mean, beside the row that `against` names.
+`like: TABLE` begins with another's keys and rows.
+
+On one machine each gets a Ray, GPUs and cores of its own, as many rows at a time as there are GPUs for; where
+RAY_ADDRESS is set, rows join that cluster.  Each is one `bitdistill train` command, which is printed and makes the row
+again; a sweep that was cut goes on where it was.
 """
 
 from __future__ import annotations

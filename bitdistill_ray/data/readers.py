@@ -1,10 +1,9 @@
 """Files to records: parquet, Arrow, JSONL and plain text, a piece at a time.
 
 A record is one text per wanted column, or None where the file has none; with `labels`, integers and truth values become
-text.  Nothing is held whole: parquet comes in
-batches of rows (of however large a row group), Arrow in its own batches, JSONL line by line, text in chunks; so the
-largest thing in memory is one record, or one batch of an Arrow file.  Every complaint names the file and the place in
-it.
+text.  Nothing is held whole: parquet comes in batches of rows (of however large a row group), Arrow in its own batches,
+JSONL line by line, text in chunks; so the largest thing in memory is one record, or one batch of an Arrow file.  Every
+complaint names the file and the place in it.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ from bitdistill_ray.report.curves import QUALITY
 from bitdistill_ray.report.gather import RunFacts, gather
 from bitdistill_ray.report.markup import Markup, element, table
 from bitdistill_ray.report.page import document
-from bitdistill_ray.report.pooled import HEADS, TEACHER, pooled
-from bitdistill_ray.report.pooled import STUDENT as TRAINED
+from bitdistill_ray.report.pooled import HEADS, TEACHER, TRAINED, pooled
 
 Cells = list[str]
 

@@ -19,7 +19,7 @@ from bitdistill_ray.report.axis import figure
 from bitdistill_ray.report.gather import RunFacts
 
 SEED = re.compile(r"-seed\d+$")
-STUDENT, TEACHER = "trained", "teacher"  # as `evaluate` calls them
+TRAINED, TEACHER = "trained", "teacher"  # as `evaluate` calls them
 HEADS = ["runs", "seeds", "metric", "mean", "95 % of rows", "seeds from – to", "gap", "95 % of rows"]
 
 
@@ -36,7 +36,7 @@ class Group:
         """Count a run."""
         self.seeds += 1
         for metric, models in facts.row_scores.items():
-            own = models.get(STUDENT, models[TEACHER])
+            own = models.get(TRAINED, models[TEACHER])
             self.rows.setdefault(metric, []).append(np.array(own))
             self.teacher.setdefault(metric, []).append(np.array(models[TEACHER]))
 
