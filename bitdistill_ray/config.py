@@ -14,20 +14,21 @@ from pydantic import Field, model_validator
 
 from bitdistill_ray.core import Coding, Format, Granularity, Payload, QuantSpec, Rounding, ScaleDtype
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.loss_config import SEARCH, AdaptiveWeight, LossConfig, RelationConfig
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.section import Strict
 from bitdistill_ray.stage_config import (
     CalibratedStage,
-    DistillStage,
-    LossConfig,
-    PretrainStage,
     RefineStage,
+    SearchStage,
     Sources,
     StageConfig,
+    StudentStage,
+    TaskSources,
     TrainStage,
 )
 
-NEED_A_STUDENT = ("awq", "clip", "gptq", "reconstruct", "pretrain", "distill", "export")
+NEED_A_STUDENT = ("awq", "clip", "gptq", "reconstruct", "pretrain", "search", "distill", "export")
 
 
 class Dtype(StrEnum):
@@ -101,8 +102,9 @@ class DataConfig(Strict):
 
     With weights, sequences are drawn in proportion to them; each source then has passes of its own, and what the
     `write` stage wrote joins with weight 1."""
-    task: Sources = ()
-    """What a task is learned from (stages with `sources: task`), usually prompt/response pairs."""
+    task: TaskSources = ()
+    """What a task is learned from (stages with `sources: task`): a task that ships, by its name or as
+    `{task: NAME, path: …}`, or sources of prompt/response pairs."""
     sequence_length: int = Field(512, ge=8)
     shuffle_window: int = Field(1024, ge=1)
     """Sequences that are shuffled together."""
@@ -273,9 +275,43 @@ class Config(Strict):
                 if stage.average and self.student.zero == 3:
                     raise ConfigError(f"stages.{name}.average", f"{stage.average} under ZeRO-3, where no rank holds "
                                       "the weights", "Set student.zero=2, or average=0")  # fmt: skip
-            if isinstance(stage, PretrainStage | DistillStage) and stage.loss.needs_teacher:
+            if isinstance(stage, StudentStage):
+                self._check_relation(name, stage.loss.relation, searched="search" in kinds[:place])
+            if isinstance(stage, StudentStage) and stage.loss.needs_teacher:
                 self._check_payload(name, stage.loss)
+            if isinstance(stage, SearchStage) and self.searching(name) is None:
+                raise ConfigError(f"stages.{name}", "no later stage has loss.relation.layer=search",
+                                  "Set it there, or leave the search out")  # fmt: skip
         return self
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Settings without effect, of which a run warns."""
+        return tuple(
+            f"stages.{name}.loss.{key}: no effect without a KL (forward_kl, reverse_kl, jsd, cakld)"
+            for name, stage in self.stages.items()
+            if isinstance(stage, StudentStage)
+            for key in stage.loss.unused
+        )
+
+    def searching(self, name: str) -> str | None:
+        """The stage that a `search` stage finds the layer for: the first after it that asks for one."""
+        later = list(self.stages.items())[list(self.stages).index(name) + 1 :]
+        return next((key for key, stage in later if isinstance(stage, StudentStage) and stage.loss.relation
+                     and stage.loss.relation.layer == SEARCH), None)  # fmt: skip
+
+    def _check_relation(self, name: str, relation: RelationConfig | None, *, searched: bool) -> None:
+        if relation is None:
+            return
+        if relation.layer == SEARCH and not searched:
+            raise ConfigError(f"stages.{name}.loss.relation.layer", "search, and no `search` stage comes before it",
+                              "Put one before it, such as search: {layers: [10, 14, 18, 22]}")  # fmt: skip
+        if isinstance(relation.weight, AdaptiveWeight) and self.student.zero == 3:
+            raise ConfigError(f"stages.{name}.loss.relation.weight", "adaptive under ZeRO-3, which shards what its "
+                              "gradients would be measured on", "Set student.zero=2, or give a number")  # fmt: skip
+        if isinstance(relation.weight, AdaptiveWeight) and self.student.dtype is Dtype.FP16:
+            raise ConfigError(f"stages.{name}.loss.relation.weight", "adaptive in fp16, where gradients without a loss "
+                              "scale vanish", "Set student.dtype=bf16, or give a number")  # fmt: skip
 
     def _check_batch(self, name: str, sequences: int) -> None:
         workers, passes = self.student.workers, self.student.passes(sequences)

@@ -3,9 +3,12 @@
 Measures models beside a teacher: perplexity, KL and top-1 agreement on texts, accuracy on tasks, each with the central
 95 % of a bootstrap.  A MODEL is a packed student, the folder of a training stage, or a plain model (Hugging Face id,
 folder, GGUF file, wheel:…), local or at a URL.  Without --text and --harness, the excerpt that ships is measured.  A
-task's YAML has the keys of `stages.evaluate.tasks` (name, path, template, labels, label_column, limit) or, with a
-reference_column, those of `stages.evaluate.writing`: texts to write, scored by ROUGE and BLEU.  --harness names tasks
-of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy,piqa --harness gsm8k:5`.
+task is one that ships (sst2, qnli, mnli, cnn-dailymail; its rows are the hub's) or a YAML file with the keys of
+`stages.evaluate.tasks` (name, path, template, labels, label_column, limit; or task and path) or, with a
+reference_column, those of `stages.evaluate.writing`: texts to write, scored by ROUGE and BLEU.  What rows can be
+compared one by one also has its gap to the teacher, `accuracy_gap:TASK` and so on, with a paired interval, and
+`agreement:TASK`, the share of labels predicted alike (with a latent student as --teacher: what packing changed).
+--harness names tasks of lm-evaluation-harness, `:N` solved examples in front: `--harness arc_easy --harness gsm8k:5`.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from pydantic import ValidationError
 from bitdistill_ray.config import Dtype
 from bitdistill_ray.errors import BitdistillError, ConfigError
 from bitdistill_ray.evaluate_config import HarnessConfig, TaskConfig, TextConfig, WritingConfig
+from bitdistill_ray.shipped import shipped
+from bitdistill_ray.task_config import TASKS, with_task
 
 if TYPE_CHECKING:
     from bitdistill_ray.evaluation.metric import ModelReport
@@ -34,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--text", action="append", default=[], metavar="NAME=PATH[:COLUMN]", help="may be repeated")
     between = TextConfig.model_fields["join"].default
     command.add_argument("--join", default=between, metavar="TEXT", help="between the rows of a text; '' for wikitext")
-    command.add_argument("--task", action="append", default=[], metavar="YAML", help="may be repeated")
+    command.add_argument("--task", action="append", default=[], metavar="NAME|YAML", help="may be repeated")
     command.add_argument("--harness", action="append", default=[], metavar="TASK,…[:N]", help="may be repeated")
     command.add_argument("--include", metavar="FOLDER", help="of further tasks' definitions for the harness")
     command.add_argument("--limit", type=int, help="of each of the harness's tasks, at most so many rows")
@@ -83,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> list[ModelReport]:
     dtype, why = compute_dtype(options.dtype, device)
     print(f"on {device} in {str(dtype).removeprefix('torch.')} ({why})", file=sys.stderr)
     read = {t.name: t.join.join(read_texts(Source(t.path, text_column=t.text_column))) for t in texts}
-    rows = [(task, read_rows(Source(task.path))[: task.limit]) for task in task_configs]
+    rows = [(task, [r for path in task.path for r in read_rows(Source(path))][: task.limit]) for task in task_configs]
     labelled = [(task, found) for task, found in rows if isinstance(task, TaskConfig)]
     written = [(task, found) for task, found in rows if isinstance(task, WritingConfig)]
     teacher = load_candidate(options.teacher, dtype=dtype, device=device)
@@ -93,7 +98,8 @@ def evaluate(options: argparse.Namespace) -> list[ModelReport]:
     reports = [suite.report(TEACHER, teacher, teacher)]
     for source in options.models:
         print(f"measuring {source}", file=sys.stderr)
-        reports.append(suite.report(source, load_candidate(source, dtype=dtype, device=device), teacher))
+        candidate = load_candidate(source, dtype=dtype, device=device)
+        reports.append(suite.report(source, candidate, teacher, beside=reports[0]))
     return reports
 
 
@@ -126,7 +132,7 @@ def harness_config(argument: str, options: argparse.Namespace) -> HarnessConfig:
 
 
 def task_config(path: str) -> TaskConfig | WritingConfig:
-    """A task from its YAML file: one to write, where it has a `reference_column`.
+    """A task that ships, by its name, or from a YAML file: one to write, where it has a column of references.
 
     Raises:
         ConfigError: not YAML, or not the keys of a task.
@@ -137,8 +143,10 @@ def task_config(path: str) -> TaskConfig | WritingConfig:
     folder, _, name = path.rpartition("/")
     section: type[TaskConfig | WritingConfig] = TaskConfig
     try:
-        content = yaml.safe_load(Storage(folder or ".").read_bytes(name))
-        section = WritingConfig if isinstance(content, dict) and "reference_column" in content else TaskConfig
+        known = path in shipped(TASKS)
+        content = with_task(path if known else yaml.safe_load(Storage(folder or ".").read_bytes(name)), split="test")
+        if isinstance(content, dict) and {"reference_column", "response_column"} & content.keys():
+            section = WritingConfig
         return section.model_validate(content)
     except yaml.YAMLError as error:
         raise ConfigError(path, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.section import Strict
+from bitdistill_ray.task_config import Labels, with_task
 
 
 class TextConfig(Strict):
@@ -21,17 +22,32 @@ class TextConfig(Strict):
     """What stands between two rows."""
 
 
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+"""One place, or several whose rows are measured as one set."""
+
+
 class TaskConfig(Strict):
-    """A classification set, scored by the log-probability of each label's words after the prompt."""
+    """A classification set, scored by the log-probability of each label's words after the prompt.
+
+    `NAME` and `{task: NAME, path: …}` take a task that ships."""
 
     name: str
-    path: str
+    path: Paths
     template: str
     """Prompt with `{column}` fields."""
-    labels: tuple[str, ...]
-    """The words of label 0, 1, …"""
+    labels: Labels
+    """The words of label 0, 1, …, or of each value of the label column."""
     label_column: str = "label"
     limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped(cls, value: Any) -> Any:
+        section = with_task(value, split="test")
+        if isinstance(section, dict) and "response_column" in section:
+            raise ConfigError("tasks", f"{section.get('name')} is answered by a text, not by a label",
+                              "Put it under `writing`")  # fmt: skip
+        return section
 
 
 class HarnessConfig(Strict):
@@ -55,15 +71,15 @@ class HarnessConfig(Strict):
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, dict) else value
+    return [value] if isinstance(value, dict | str) else value
 
 
 class WritingConfig(Strict):
     """Texts that a model writes greedily after a prompt, scored by ROUGE and BLEU beside a reference; it needs
-    `pip install bitdistill-ray[tasks]`."""
+    `pip install bitdistill-ray[tasks]`.  `NAME` and `{task: NAME, path: …}` take a task that ships."""
 
     name: str
-    path: str
+    path: Paths
     template: str
     """Prompt with `{column}` fields."""
     reference_column: str
@@ -72,6 +88,16 @@ class WritingConfig(Strict):
     max_new_tokens: int = Field(128, ge=1)
     batch: int = Field(16, ge=1)
     limit: int | None = Field(None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shipped(cls, value: Any) -> Any:
+        section = with_task(value, split="test")
+        if isinstance(section, dict) and "response_column" in section:
+            section["reference_column"] = section.pop("response_column")
+        if isinstance(section, dict) and "labels" in section:
+            raise ConfigError("writing", f"{section.get('name')} is answered by a label", "Put it under `tasks`")
+        return section
 
     @model_validator(mode="after")
     def _installed(self) -> WritingConfig:
@@ -95,7 +121,8 @@ class EvaluateStage(Strict):
     written: bool = True
     """The held-out part of what the teacher wrote, where there is one."""
     texts: tuple[TextConfig, ...] = ()
-    tasks: tuple[TaskConfig, ...] = ()
+    tasks: Annotated[tuple[TaskConfig, ...], BeforeValidator(_listed)] = ()
+    """Classification sets; one alone needs no list."""
     writing: Annotated[tuple[WritingConfig, ...], BeforeValidator(_listed)] = ()
     """Sections of texts to write; one alone needs no list."""
     harness: Annotated[tuple[HarnessConfig, ...], BeforeValidator(_listed)] = ()

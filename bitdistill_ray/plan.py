@@ -6,6 +6,7 @@ All figures are arithmetic over the configuration and the models' shapes; nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from bitdistill_ray.config import Config, TeacherConfig
 from bitdistill_ray.core import Granularity, Payload
@@ -13,7 +14,7 @@ from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.recipe import dump
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.shape import ModelShape, read_shape
-from bitdistill_ray.stage_config import DistillStage, PretrainStage, TrainStage
+from bitdistill_ray.stage_config import SearchStage, StudentStage, TrainStage
 
 GIB = 2**30
 H100_BF16 = 800e12  # dense bf16 FLOP/s that a large product reaches
@@ -42,14 +43,29 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
         raise ConfigError("teacher.topk", f"{config.teacher.topk} of a vocabulary of {teacher.vocabulary}",
                           f"Set teacher.topk to at most {teacher.vocabulary}")  # fmt: skip
     for key, stage in config.stages.items():
-        relation = stage.loss.relation if isinstance(stage, PretrainStage | DistillStage) else None
-        if relation:
+        if isinstance(stage, SearchStage):
+            _check_layers(f"stages.{key}.layers", stage.layers, teacher)
+        if not isinstance(stage, StudentStage):
+            continue
+        soft, count = stage.quant_warmup_steps, steps(stage, config.data.sequence_length)
+        if soft >= count:
+            raise ConfigError(f"stages.{key}.quant_warmup_steps", f"{soft} of {count} steps, so that no step would see "
+                              "what is exported", "Give fewer")  # fmt: skip
+        if relation := stage.loss.relation:
             _check_relation_heads(f"stages.{key}.loss.relation.heads", relation.heads, teacher, student)
-        if relation and not -teacher.layers <= relation.layer < teacher.layers:
-            raise ConfigError(f"stages.{key}.loss.relation.layer", f"{relation.layer} of a teacher with "
-                              f"{teacher.layers} layers",
-                              f"Give a layer from {-teacher.layers} to {teacher.layers - 1}")  # fmt: skip
+            if isinstance(relation.layer, int):
+                _check_layers(f"stages.{key}.loss.relation.layer", (relation.layer,), teacher)
+            if relation.student_layer is not None:
+                where = f"stages.{key}.loss.relation.student_layer"
+                _check_layers(where, (relation.student_layer,), student, whose="student")
     return teacher, student
+
+
+def _check_layers(where: str, layers: Sequence[int], model: ModelShape, *, whose: str = "teacher") -> None:
+    for layer in layers:
+        if not -model.layers <= layer < model.layers:
+            raise ConfigError(where, f"{layer} of a {whose} with {model.layers} layers",
+                              f"Give a layer from {-model.layers} to {model.layers - 1}")  # fmt: skip
 
 
 def _check_relation_heads(where: str, heads: int | None, teacher: ModelShape, student: ModelShape) -> None:
@@ -74,6 +90,7 @@ def describe(config: Config) -> str:
     after = linear_bits / 8 + others
     lines = [
         dump(config),
+        *(f"warning: {line}" for line in config.unused),
         f"teacher        {_parameters(teacher)}, {_actors(config.teacher)} x ({config.teacher.gpus:g} GPUs, "
         f"{config.teacher.cpus:g} CPUs), {2 * _count(teacher) / GIB:.2f} GiB of weights each",
         f"student        {_parameters(student)}, {config.student.workers} workers x ({config.student.gpus:g} GPUs, "
@@ -84,6 +101,8 @@ def describe(config: Config) -> str:
         f"({16 * student.linear_parameters / linear_bits:.1f} x)",
     ]
     for name, stage in config.stages.items():
+        if isinstance(stage, SearchStage):
+            lines.append(f"{name:14} {stage.tokens:,} tokens with each of {len(stage.layers)} layers")
         if isinstance(stage, TrainStage):
             lines.append(_training(name, stage, config, teacher, student))
     return "\n".join(lines)

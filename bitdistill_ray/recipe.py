@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any, get_args
 
 import yaml
@@ -18,15 +17,15 @@ from pydantic import BaseModel, ValidationError
 
 from bitdistill_ray.config import Config
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.shipped import read_shipped, shipped
 from bitdistill_ray.stage_config import StageConfig
 
 DEFAULT, RECIPES = "demo", "recipes"
 
 
-def shipped(folder: str = RECIPES) -> tuple[str, ...]:
-    """Names of the recipes (or of what else `folder` holds) inside the package."""
-    files = (resources.files("bitdistill_ray") / folder).iterdir()
-    return tuple(sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml")))
+def names() -> tuple[str, ...]:
+    """Of the recipes that ship."""
+    return shipped(RECIPES)
 
 
 def load(recipe: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
@@ -58,7 +57,7 @@ def read_tree(name: str, *, folder: str, noun: str) -> dict[str, Any]:
     """
     known = shipped(folder)
     if name in known:
-        text = (resources.files("bitdistill_ray") / folder / f"{name}.yaml").read_text(encoding="utf-8")
+        text = read_shipped(folder, name)
     elif name.endswith((".yaml", ".yml")):
         from bitdistill_ray.storage import Storage
 

@@ -5,6 +5,7 @@
     stages/NAME/        what a stage made; `done.json`, written last, says that it is finished
     checkpoints/        Ray Train's, of the stage that is under way
     summary.json        tables of the `evaluate` stage and where everything lies
+    evaluation-rows.json   of tasks, what every model scored on every row: runs are compared row by row
     machine.json        the driver's commit, versions and machine
     report.html         curves, weights and tables of all that, readable without a network
     tensorboard/NAME/   event files of each training stage
@@ -30,11 +31,12 @@ import yaml
 from bitdistill_ray import env
 from bitdistill_ray.config import Config, StorageConfig
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.stage_config import CalibratedStage, SearchStage
 from bitdistill_ray.storage import Storage
 
 DONE = "done.json"
+ROWS = "evaluation-rows.json"
 RESOURCES = ("teacher", "student", "storage", "run", "branch", "stages", "monitor")  # how a run computes, not what
-STAGE_RESOURCES = ("tasks",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +100,17 @@ class RunFolder:
         self.storage.write_bytes(f"stages/{record.name}/{DONE}", json.dumps(content, indent=1).encode())
 
     def depends_on(self, name: str) -> dict[str, Any]:
-        """The configuration that decides what stage `name` makes: everything but resources, and the stages so far."""
-        tree = self.config.model_dump(mode="json")
-        stages = [(stage, {k: v for k, v in section.items() if k not in STAGE_RESOURCES})
-                  for stage, section in tree["stages"].items()]  # fmt: skip
-        until = [stage for stage, _ in stages].index(name) + 1
-        return {**{k: v for k, v in tree.items() if k not in RESOURCES}, "stages": dict(stages[:until])}
+        """The configuration that decides what stage `name` makes: everything but resources, and the stages so far (of a
+        `search`, also the stage that it looks for)."""
+        tree, names = self.config.model_dump(mode="json"), list(self.config.stages)
+        wanted = names[: names.index(name) + 1]
+        if isinstance(self.config.stages[name], SearchStage) and (asking := self.config.searching(name)):
+            wanted.append(asking)
+        stages = {stage: tree["stages"][stage] for stage in wanted}
+        for stage in wanted:
+            if isinstance(self.config.stages[stage], CalibratedStage):
+                del stages[stage]["tasks"]  # how many work at it
+        return {**{k: v for k, v in tree.items() if k not in RESOURCES}, "stages": stages}
 
     def take_over(self, name: str) -> StageRecord | None:
         """Copy stage `name` of the run that this one branches from; None where that has it not, or another.

@@ -9,7 +9,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.evaluate_config import EvaluateStage
+from bitdistill_ray.loss_config import Loss, LossConfig
 from bitdistill_ray.section import Strict
+from bitdistill_ray.shipped import shipped
+from bitdistill_ray.task_config import TASKS, Labels, with_task
 
 
 class SourceConfig(Strict):
@@ -24,6 +27,22 @@ class SourceConfig(Strict):
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+    """With prompt_column or a template: pairs of which the response is learned."""
+    template: str | None = None
+    """Prompt with `{column}` fields, answered by response_column or by the words of a label."""
+    labels: Labels = Field(default_factory=dict)
+    """The words of label 0, 1, …, or of each value of the label column."""
+    label_column: str = "label"
+
+    @model_validator(mode="after")
+    def _answered(self) -> SourceConfig:
+        where = f"data: {self.path}"
+        if self.template is None and self.labels:
+            raise ConfigError(where, "labels without a template", "Give the prompt as template")
+        if self.template is not None and (self.prompt_column or bool(self.labels) == bool(self.response_column)):
+            raise ConfigError(where, "a template is answered either by labels or by response_column",
+                              "Give one of them, and no prompt_column")  # fmt: skip
+        return self
 
     @model_validator(mode="after")
     def _readable(self) -> SourceConfig:
@@ -41,9 +60,10 @@ def _sources(value: Any) -> Any:
 
 
 def _source(entry: Any) -> Any:
-    """`PATH` and `{source: PATH, weight: 2}` are short for `{path: PATH, …}`."""
+    """`PATH` and `{source: PATH, weight: 2}` are short for `{path: PATH, …}`; `{task: NAME}` for what that one says."""
     if isinstance(entry, str):
         return {"path": entry}
+    entry = with_task(entry, split="train")
     if isinstance(entry, dict) and isinstance(entry.get("source"), str) and "path" not in entry:
         return {"path": entry["source"], **{key: value for key, value in entry.items() if key != "source"}}
     return entry
@@ -57,69 +77,12 @@ def _one_kind(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
     return sources
 
 
+def _task(value: Any) -> Any:
+    return with_task(value, split="train") if value in shipped(TASKS) else value
+
+
 Sources = Annotated[tuple[SourceConfig, ...], BeforeValidator(_sources), AfterValidator(_one_kind)]
-
-
-class RelationConfig(Strict):
-    """Attention-relation distillation (spec: BitNet Distillation, eq. 10-12 and Algorithm 1)."""
-
-    weight: float = Field(gt=0)
-    layer: int = -1
-    """Which layer; negative counts from the end."""
-    form: Literal["cosine", "scaled-dot"] = "cosine"
-    heads: int | None = Field(32, ge=1)
-    """Relation heads that the merged heads are split into; empty: the attention's own."""
-    temperature: float = Field(1.0, gt=0)
-    divide_by_heads: bool = True
-    """Divide by the relation heads once more, as the authors' code does."""
-    causal: bool = False
-
-
-class LossConfig(Strict):
-    """A weighted sum of losses; what has weight 0 is not computed."""
-
-    ce: float = Field(0.0, ge=0)
-    forward_kl: float = Field(0.0, ge=0)
-    reverse_kl: float = Field(0.0, ge=0)
-    jsd: float = Field(0.0, ge=0)
-    cakld: float = Field(0.0, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    temperature_squared: bool = False
-    """Multiply the KLs by temperature squared, as BitNet Distillation's code does."""
-    gamma: Literal["label", "max", "per-token"] | float = "label"
-    """CAKLD's mix: measured once (label: the paper; max: the authors' code), per token, or a number."""
-    gamma_sequences: int = Field(32, ge=1)
-    """Sequences over which gamma is measured."""
-    kl_scope: Literal["targets", "present"] = "targets"
-    """Tokens that the KLs are averaged over: those with a label, or all that are not padding (both papers' code)."""
-    reduction: Literal["token-mean", "sequence-sum"] = "token-mean"
-    """sequence-sum: summed over tokens, averaged over sequences (BitDistiller's code)."""
-    relation: RelationConfig | None = None
-
-    @property
-    def needs_teacher(self) -> bool:
-        """False for plain cross-entropy."""
-        return any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld, self.relation))
-
-    @model_validator(mode="after")
-    def _something(self) -> LossConfig:
-        if not (self.ce or self.needs_teacher):
-            raise ConfigError(
-                "loss", "every weight is 0", "Give one of ce, forward_kl, reverse_kl, jsd, cakld a weight"
-            )
-        if not any((self.forward_kl, self.reverse_kl, self.jsd, self.cakld)):
-            for key, unset in (("temperature", 1.0), ("temperature_squared", False), ("kl_scope", "targets")):
-                if getattr(self, key) != unset:
-                    raise ConfigError(f"loss.{key}", f"{getattr(self, key)} without a KL", f"Leave {key} out")
-        if self.gamma == "per-token" and self.kl_scope != "targets":
-            raise ConfigError("loss.kl_scope", f"{self.kl_scope} with gamma per token", "Use targets: it needs labels")
-        if self.temperature_squared and self.temperature == 1:
-            raise ConfigError("loss.temperature_squared", "no effect at temperature 1", "Leave it out")
-        if not self.cakld and self.gamma != "label":
-            raise ConfigError("loss.gamma", f"{self.gamma} without cakld", "Set loss.cakld, or leave gamma out")
-        if isinstance(self.gamma, float | int) and not 0 <= self.gamma <= 1:
-            raise ConfigError("loss.gamma", f"{self.gamma}", "Give a number from 0 to 1")
-        return self
+TaskSources = Annotated[Sources, BeforeValidator(_task)]
 
 
 class RefineStage(Strict):
@@ -164,7 +127,8 @@ class GPTQStage(CalibratedStage):
 
 
 class AWQStage(CalibratedStage):
-    """AWQ: input channels that carry much are made larger before rounding, and divided out of what writes them."""
+    """AWQ: input channels that carry much are made larger before rounding (for ternary: smaller, so that their level is
+    higher), and divided out of what writes them."""
 
     kind: Literal["awq"] = "awq"
     steps: int = Field(20, ge=1)
@@ -253,18 +217,41 @@ class FinetuneStage(TrainStage):
     kind: Literal["finetune"] = "finetune"
 
 
-class PretrainStage(TrainStage):
+class StudentStage(TrainStage):
+    """What `pretrain` and `distill` have in common: the quantised student learns."""
+
+    loss: Loss
+    quant_warmup_steps: int = Field(0, ge=0)
+    """Steps in which weights and activations become quantised little by little, w + s (Q(w) - w) with s from 0 to 1;
+    0: at once."""
+
+
+class PretrainStage(StudentStage):
     """Continued pre-training of the quantised student on the stream."""
 
     kind: Literal["pretrain"] = "pretrain"
-    loss: LossConfig = LossConfig(ce=1.0)
+    loss: Loss = LossConfig(ce=1.0)
 
 
-class DistillStage(TrainStage):
+class DistillStage(StudentStage):
     """Distillation from the teacher pool."""
 
     kind: Literal["distill"] = "distill"
-    loss: LossConfig = LossConfig(cakld=1.0)
+    loss: Loss = LossConfig(cakld=1.0)
+
+
+class SearchStage(Strict):
+    """The next stage with `loss.relation.layer=search` is run for a short while with each of some layers; the one with
+    the lowest cross-entropy at the end is its layer."""
+
+    kind: Literal["search"] = "search"
+    layers: tuple[int, ...] = Field(min_length=2)
+    """Of the teacher; negative ones count from the end."""
+    tokens: int = Field(500_000, ge=1)
+    """Budget of each; the learning rate falls to its end within it."""
+    judged_on: float = Field(0.25, gt=0, le=1)
+    """Share of the steps, the last ones, over which the cross-entropy is averaged: on rows that are new to the student
+    as long as the budget is less than a pass over them."""
 
 
 class ExportStage(Strict):
@@ -288,6 +275,7 @@ StageConfig = Annotated[
     | WriteStage
     | FinetuneStage
     | PretrainStage
+    | SearchStage
     | DistillStage
     | ExportStage
     | EvaluateStage,

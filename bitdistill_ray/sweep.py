@@ -8,12 +8,16 @@ TABLE is a shipped name or a YAML path:
     rows:
       clipped: {set: [stages.distill=false]}
       ce: {branch: clipped, set: ["stages.distill.loss={ce: 1, forward_kl: 0}"]}
+      twice: {branch: clipped, seeds: [0, 1]}
       again: {after: ce, set: ["model.student={run}/ce/stages/distill/student"]}
 
-A row takes over what the row it branches from has made, and waits for it; `after` waits for a row that it reads.  On
-one machine each gets a Ray, GPUs and cores of its own, as many rows at a time as there are GPUs for; where RAY_ADDRESS
-is set, rows join that cluster.  Each is one `bitdistill train` command, which is printed and makes the row again; a
-sweep that was cut goes on where it was.
+A row takes over what the row it branches from has made, and waits for it; `after` waits for a row that it reads.  A
+row with seeds is a run for each, ROW-seedN; a second table has their mean, beside the row that `against` names.
+`like: TABLE` begins with another's keys and rows.
+
+On one machine each gets a Ray, GPUs and cores of its own, as many rows at a time as there are GPUs for; where
+RAY_ADDRESS is set, rows join that cluster.  Each is one `bitdistill train` command, which is printed and makes the row
+again; a sweep that was cut goes on where it was.
 """
 
 from __future__ import annotations
@@ -34,8 +38,11 @@ from bitdistill_ray.errors import BitdistillError, ConfigError
 from bitdistill_ray.report.command import open_run
 from bitdistill_ray.report.comparison import compare, markdown, page
 from bitdistill_ray.report.gather import gather
+from bitdistill_ray.report.pooled import HEADS, SEED, pooled
 from bitdistill_ray.runs import RunFolder
+from bitdistill_ray.shipped import shipped
 from bitdistill_ray.sigterm import Terminated, terminable
+from bitdistill_ray.stage_config import DistillStage, FinetuneStage
 from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
 
 LOOK_EVERY_S, SAY_EVERY_S = 0.5, 30.0
@@ -87,27 +94,51 @@ def rows_of(table: TableConfig, overrides: Sequence[str] = (), only: Sequence[st
         ConfigError: no such row, rows that wait in a circle, a recipe or an override that cannot be run.
     """
     ordered: dict[str, Row] = {}
+    done: set[str] = set()
 
     def add(name: str, waiting: tuple[str, ...]) -> None:
-        if name in ordered:
+        if name in done:
             return
         if name not in table.rows:
             raise ConfigError("rows", f"there is none called {name!r}", f"Known: {', '.join(table.rows)}")
         if name in waiting:
             raise ConfigError(f"rows.{name}", f"waits in a circle: {' -> '.join([*waiting, name])}", "Cut it somewhere")
         row = table.rows[name]
-        for before in row.waits_for:
+        for before in row.before:
             add(before, (*waiting, name))
-        branch = [] if row.branch is None else [f"branch={table.run}/{row.branch}"]
-        own = [setting.replace("{run}", table.run) for setting in row.set]
-        settings = [*table.set, *overrides, *own, f"run={table.run}/{name}", *branch]
-        config = recipe.load(row.recipe or table.recipe, settings)
-        ordered[name] = Row(name=name, arguments=(row.recipe or table.recipe, *settings), config=config,
-                            waits_for=row.waits_for)  # fmt: skip
+        done.add(name)
+        for seed in row.seeds or (None,):
+            ordered[seeded(name, seed)] = _row(table, name, overrides, seed)
 
     for name in only or table.rows:
         add(name, ())
     return list(ordered.values())
+
+
+def _row(table: TableConfig, name: str, overrides: Sequence[str], seed: int | None) -> Row:
+    row = table.rows[name]
+
+    def run_of(before: str) -> str:
+        """That row's run of this seed, or its first one."""
+        seeds = table.rows[before].seeds
+        return seeded(before, seed if seed in seeds else next(iter(seeds), None))
+
+    branch = [] if row.branch is None else [f"branch={table.run}/{run_of(row.branch)}"]
+    own = [setting.replace("{run}", table.run) for setting in row.set]
+    settings = [*table.set, *overrides, *own, f"run={table.run}/{seeded(name, seed)}", *branch]
+    source = row.recipe or table.recipe
+    config = recipe.load(source, settings)
+    if seed is not None:
+        tuned = (key for key, stage in config.stages.items() if isinstance(stage, FinetuneStage | DistillStage))
+        settings += [f"stages.{key}.seed={seed}" for key in tuned]
+        config = recipe.load(source, settings)
+    return Row(name=seeded(name, seed), arguments=(source, *settings), config=config,
+               waits_for=tuple(run_of(before) for before in row.before))  # fmt: skip
+
+
+def seeded(name: str, seed: int | None) -> str:
+    """A row's run; of a row with seeds, that of one of them."""
+    return name if seed is None else f"{name}-seed{seed}"
 
 
 def places(rows: Sequence[Row], gpus: Sequence[str], cores: Sequence[int], at_a_time: int | None = None) -> list[Place]:
@@ -198,8 +229,8 @@ def _start(row: Row, place: Place, logs: Path) -> Running:
     return Running(row, place, process, log, time.monotonic())
 
 
-def side_by_side(rows: Sequence[Row], html: Path) -> str:
-    """The Markdown table of finished rows; curves and table go to `html`."""
+def side_by_side(rows: Sequence[Row], html: Path, against: str | None) -> str:
+    """The Markdown table of finished rows, and of means over seeds; curves and table go to `html`."""
     runs = [gather(open_run(row.config.run, [a for a in row.arguments if a.startswith("storage.")]), weights=False)
             for row in rows]  # fmt: skip
     runs = [facts for facts in runs if facts.evaluation]
@@ -207,7 +238,9 @@ def side_by_side(rows: Sequence[Row], html: Path) -> str:
         return "no row has an `evaluate` stage that came to its end"
     heads, cells = compare(runs)
     html.write_text(page(runs, heads, cells), encoding="utf-8")
-    return markdown(heads, cells)
+    names = {SEED.sub("", facts.name) for facts in runs if facts.row_scores}
+    means = pooled(runs, against if against in names else None)
+    return markdown(heads, cells) + (f"\n\n{markdown(HEADS, means)}" if means else "")
 
 
 def machine(at_a_time: int | None, rows: Sequence[Row]) -> list[Place]:
@@ -221,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 0, 1 where a row failed, 2 after an error that the user can mend."""
     command = argparse.ArgumentParser(prog="bitdistill sweep", description=__doc__.partition("\n\n")[2],
                                       formatter_class=argparse.RawDescriptionHelpFormatter,
-                                      epilog=f"tables: {', '.join(recipe.shipped(TABLES))}")  # fmt: skip
+                                      epilog=f"tables: {', '.join(shipped(TABLES))}")  # fmt: skip
     command.add_argument("table", metavar="TABLE")
     command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="of every row")
     command.add_argument("--rows", metavar="ROW,…", help="only these, and those that they wait for")
@@ -239,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logs = _logs(table.run)
         with terminable():
             finished = sweep(rows, machine(options.at_a_time, rows), logs)
-        print(side_by_side(finished, logs / "table.html"))
+        print(side_by_side(finished, logs / "table.html", table.against))
     except BitdistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ from bitdistill_ray.sigterm import Terminated, terminable
 def run(config: Config) -> dict[str, Any]:
     """Run every stage that is not finished yet; return the summary."""
     preflight(config)
+    print("".join(f"warning: {line}\n" for line in config.unused), end="", flush=True)
     folder = RunFolder(config)
     folder.begin()
     with cluster(config), terminable():  # within: `ray.init` sets a handler of its own
@@ -92,7 +93,7 @@ def summarise(folder: RunFolder) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="bitdistill train", description=__doc__.split("\n\n")[0],
-                                     epilog=f"recipes: {', '.join(recipe.shipped())}")  # fmt: skip
+                                     epilog=f"recipes: {', '.join(recipe.names())}")  # fmt: skip
     parser.add_argument("recipe", nargs="?", default=recipe.DEFAULT, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--plan", action="store_true", help="print what would happen, and start nothing")

@@ -12,8 +12,9 @@ from pydantic import ValidationError
 from bitdistill_ray.config import Config, QuantConfig, StudentConfig
 from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.loss_config import AdaptiveWeight, LossConfig, RelationConfig
 from bitdistill_ray.recipe import check
-from bitdistill_ray.stage_config import ClipStage, DistillStage, LossConfig, SourceConfig
+from bitdistill_ray.stage_config import ClipStage, DistillStage, SourceConfig
 
 ROAD: dict[str, Any] = {"write": None, "refine": None, "clip": None, "distill": None, "export": None}
 
@@ -166,8 +167,12 @@ def test_what_cannot_work_is_refused_in_one_line(content: dict[str, Any], key: s
         ({"ce": 0}, "loss", "every weight is 0"),
         ({"ce": 1, "gamma": "max"}, "loss.gamma", "max without cakld"),
         ({"cakld": 1, "gamma": 1.5}, "loss.gamma", "1.5"),
-        ({"ce": 1, "temperature": 5}, "loss.temperature", "5.0 without a KL"),
-        ({"ce": 1, "kl_scope": "present"}, "loss.kl_scope", "present without a KL"),
+        ({"relation": {"weight": "adaptive"}}, "loss.relation.weight", "adaptive against others, which there are none"),
+        (
+            {"forward_kl": 1, "relation": {"weight": {"against": "ce"}}},
+            "loss.relation.weight",
+            "adaptive against ce, which there are none",
+        ),
         ({"jsd": 1, "temperature_squared": True}, "loss.temperature_squared", "no effect"),
         ({"cakld": 1, "gamma": "per-token", "kl_scope": "present"}, "loss.kl_scope", "present with gamma per token"),
     ],
@@ -177,6 +182,48 @@ def test_a_loss_that_says_nothing_or_too_much_is_refused(loss: dict[str, Any], k
         check(tree(stages={**ROAD, "distill": {"loss": loss}}))
     assert refusal.value.where == key
     assert what in refusal.value.what
+
+
+def test_settings_of_a_kl_are_named_where_there_is_none() -> None:
+    def unused(loss: Any) -> tuple[str, ...]:
+        return check(tree(stages={**ROAD, "distill": {"loss": loss}})).unused
+
+    soft = {"ce": 1, "temperature": 5, "temperature_squared": True, "kl_scope": "present"}
+    assert unused({**soft, "forward_kl": 1}) == ()
+    keys = [line.partition(":")[0] for line in unused(soft)]
+    assert keys == [f"stages.distill.loss.{key}" for key in ("temperature", "temperature_squared", "kl_scope")]
+
+
+def test_a_loss_by_its_name_is_that_term_alone() -> None:
+    config = check(tree(stages={**ROAD, "distill": {"loss": "ce"}}))
+    stage = config.stages["distill"]
+    assert isinstance(stage, DistillStage)
+    assert stage.loss == LossConfig(ce=1)
+
+
+def test_an_adaptive_weight_is_a_word_or_a_section() -> None:
+    for weight in ("adaptive", {}, AdaptiveWeight()):
+        assert RelationConfig(weight=weight).weight == AdaptiveWeight()  # type: ignore[arg-type]
+    assert RelationConfig.model_validate({"weight": {"ratio": 0.3, "every": 7}}).weight == AdaptiveWeight(
+        ratio=0.3, every=7
+    )
+    loss = {"ce": 1, "relation": {"weight": "adaptive"}}
+    with pytest.raises(ConfigError, match=r"relation\.weight: adaptive under ZeRO-3"):
+        check(tree(stages={**ROAD, "distill": {"loss": loss}}, student={"zero": 3}))
+    with pytest.raises(ConfigError, match=r"relation\.weight: adaptive in fp16"):
+        check(tree(stages={**ROAD, "distill": {"loss": loss}}, student={"dtype": "fp16"}))
+
+
+SEARCHED: dict[str, Any] = {"loss": {"ce": 1, "relation": {"weight": 1, "layer": "search"}}}
+
+
+def test_a_layer_is_searched_where_a_search_comes_before() -> None:
+    config = check(tree(stages={"write": None, "refine": None, "search": {"layers": [0, 1]}, "distill": SEARCHED}))
+    assert config.searching("search") == "distill"
+    with pytest.raises(ConfigError, match=r"relation\.layer: search, and no `search` stage comes before it"):
+        check(tree(stages={"write": None, "refine": None, "distill": SEARCHED, "search": {"layers": [0, 1]}}))
+    with pytest.raises(ConfigError, match=r"stages\.search: no later stage has loss\.relation\.layer=search"):
+        check(tree(stages={"write": None, "refine": None, "search": {"layers": [0, 1]}, "distill": None}))
 
 
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "jsd", "cakld"])

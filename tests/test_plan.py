@@ -98,6 +98,12 @@ def test_a_token_budget_buys_whole_steps(tokens: int, batch: int, length: int, e
     assert steps(DistillStage(tokens=tokens, batch_sequences=batch), length) == expected
 
 
+def test_what_has_no_effect_is_warned_of(teacher: Path) -> None:
+    lines = describe(tiny(teacher, "stages.distill.loss={cakld: 0, ce: 1, temperature: 5}"))
+    assert "warning: stages.distill.loss.temperature: no effect without a KL" in lines
+    assert "warning" not in describe(tiny(teacher, "stages.distill.loss.temperature=5"))
+
+
 RELATION = "stages.distill.loss={{cakld: 1, relation: {{weight: 1, heads: {heads}, layer: {layer}}}}}"
 
 
@@ -114,6 +120,14 @@ RELATION = "stages.distill.loss={{cakld: 1, relation: {{weight: 1, heads: {heads
             RELATION.format(heads=32, layer=1),
             "stages.distill.loss.relation.heads: 32 does not divide the width 16 of Q, K or V. Give a divisor of it, "
             "such as 16",
+        ),
+        (
+            "stages.distill.loss={cakld: 1, relation: {weight: 1, heads: 8, layer: 0, student_layer: 2}}",
+            "stages.distill.loss.relation.student_layer: 2 of a student with 2 layers. Give a layer from -2 to 1",
+        ),
+        (
+            "stages.distill={tokens: 1, quant_warmup_steps: 1}",
+            "stages.distill.quant_warmup_steps: 1 of 1 steps, so that no step would see what is exported. Give fewer",
         ),
         ("teacher={payload: topk, topk: 321}", "teacher.topk: 321 of a vocabulary of 320. Set teacher.topk to at most"),
     ],

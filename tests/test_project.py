@@ -31,7 +31,8 @@ LONGEST_DRIVER = 120
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "env", "board", "sigterm"}),
     frozenset({"core"}),
-    frozenset({"config", "section", "stage_config", "evaluate_config", "monitor_config"}),
+    frozenset({"section", "shipped"}),
+    frozenset({"config", "stage_config", "loss_config", "task_config", "evaluate_config", "monitor_config"}),
     frozenset({"quant", "losses", "storage", "storage_retry", "hardware", "machine", "ray_errors", "recipe"}),
     frozenset({"model", "packed", "runs", "shape"}),
     frozenset({"decode", "teacher", "data", "tracking"}),

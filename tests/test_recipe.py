@@ -31,11 +31,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_shipped_names() -> None:
-    assert recipe.DEFAULT in recipe.shipped()
-    assert {"bitdistiller-nf3", "bitdistiller-int3", "bitdistiller-int2", "bitdistill-ternary"} < set(recipe.shipped())
+    assert recipe.DEFAULT in recipe.names()
+    assert {"bitdistiller-nf3", "bitdistiller-int3", "bitdistiller-int2", "bitdistill-ternary"} < set(recipe.names())
 
 
-@pytest.mark.parametrize("name", recipe.shipped())
+@pytest.mark.parametrize("name", recipe.names())
 def test_a_shipped_recipe_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     config = load_whole(name)
     (tmp_path / "config.yaml").write_text(recipe.dump(config), encoding="utf-8")
@@ -44,7 +44,7 @@ def test_a_shipped_recipe_survives_a_round_trip(name: str, tmp_path: Path) -> No
     assert text.startswith("# "), "a recipe opens with what it does, on what, and how long"
 
 
-@pytest.mark.parametrize("name", recipe.shipped())
+@pytest.mark.parametrize("name", recipe.names())
 def test_a_shipped_recipe_plans_offline_and_starts_nothing(
     name: str, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +62,7 @@ def test_a_shipped_recipe_plans_offline_and_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["bitdistill-ternary", "bitdistill-ternary-qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["bitdistill-ternary", "bitdistill-ternary-qwen3-4b"])
 def test_a_recipe_for_a_task_names_the_texts_that_it_lacks(name: str) -> None:
     with pytest.raises(ConfigError, match="Set data=PATH"):
         recipe.load(name)

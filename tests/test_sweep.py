@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 
 from bitdistill_ray import recipe, sweep
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.plan import preflight
+from bitdistill_ray.shipped import shipped
 from bitdistill_ray.stage_config import DistillStage
 from bitdistill_ray.sweep_config import TABLES, TableConfig, load_table
 from tests.road import tiny_overrides
@@ -55,6 +58,29 @@ def test_a_row_may_read_what_another_made() -> None:
     assert second.config.branch is None
 
 
+def test_a_row_with_seeds_is_a_run_for_each_and_follows_its_branch_seed_by_seed() -> None:
+    task = {"recipe": "bitdistill-ternary", "run": "runs/t", "set": ["data=/c", "data.task=/t"], "against": "fp16"}
+    rows = {
+        "stage2": {"set": ["stages.finetune=false", "stages.distill=false"]},
+        "fp16": {"branch": "stage2", "seeds": [0, 1], "set": ["stages.distill=false"]},
+        "both": {"branch": "fp16", "seeds": [0, 1]},
+        "once": {"branch": "fp16"},
+    }
+    table = TableConfig.model_validate({**task, "rows": rows})
+    runs = {row.name: row for row in sweep.rows_of(table, only=["both", "once"])}
+    assert list(runs) == ["stage2", "fp16-seed0", "fp16-seed1", "both-seed0", "both-seed1", "once"]
+    assert runs["fp16-seed1"].waits_for == ("stage2",)
+    assert runs["both-seed1"].waits_for == ("fp16-seed1",)
+    assert runs["both-seed1"].config.branch == "runs/t/fp16-seed1"
+    assert runs["once"].config.branch == "runs/t/fp16-seed0"
+    seeds = {key: getattr(stage, "seed", None) for key, stage in runs["both-seed1"].config.stages.items()}
+    assert (seeds["pretrain"], seeds["finetune"], seeds["distill"]) == (0, 1, 1)
+    words = shlex.split(runs["both-seed1"].command)
+    assert recipe.load(words[2], words[3:]) == runs["both-seed1"].config
+    with pytest.raises(ConfigError, match="no row is called 'bf16'"):
+        TableConfig.model_validate({**task, "rows": rows, "against": "bf16"})
+
+
 def test_chosen_rows_bring_their_branches() -> None:
     assert [row.name for row in sweep.rows_of(TABLE, only=["kl"])] == ["clipped", "kl"]
     with pytest.raises(ConfigError, match=r"rows: there is none called 'jsd'. Known: kl, clipped, plain"):
@@ -68,10 +94,27 @@ def test_rows_that_branch_in_a_circle_are_refused() -> None:
         sweep.rows_of(table)
 
 
-@pytest.mark.parametrize("name", recipe.shipped(TABLES))
+@pytest.mark.parametrize("name", shipped(TABLES))
 def test_every_shipped_table_is_made_of_runs_that_can_be_planned(name: str) -> None:
     rows = sweep.rows_of(load_table(name), ["data=/corpus"])
     assert len({row.config.run for row in rows}) == len(rows)
+
+
+SMOLLM2_135M = {"model_type": "llama", "num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536,
+                "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+                "tie_word_embeddings": True}  # fmt: skip
+
+
+def test_every_row_of_the_ternary_table_fits_its_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMOLLM2_135M), encoding="utf-8")
+    rows = sweep.rows_of(load_table("ternary-sst2"), ["data=/corpus", f"model.teacher={tmp_path}"])
+    for row in rows:
+        if row.name != "teacher-360m":
+            preflight(row.config)
+    mnli = {row.name: row for row in sweep.rows_of(load_table("ternary-mnli"), ["data=/corpus"])}
+    assert mnli.keys() == {row.name for row in rows}
+    assert "glue:mnli" in mnli["distilled-seed0"].config.data.task[0].path
+    assert mnli["distilled-seed2"].config.branch == "runs/ternary-mnli/fp16-seed2"
 
 
 @pytest.mark.parametrize(

@@ -37,13 +37,14 @@ from bitdistill_ray.bench.timing import WINDOWS, seconds_per_call
 from bitdistill_ray.config import Config
 from bitdistill_ray.core import QuantSpec, TeacherSignals
 from bitdistill_ray.data.batch import BatchArrays
+from bitdistill_ray.loss_config import LossConfig, RelationConfig
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import RunFolder
 from bitdistill_ray.shape import read_shape
-from bitdistill_ray.stage_config import DistillStage, LossConfig, RelationConfig, SourceConfig
+from bitdistill_ray.stage_config import DistillStage, SourceConfig
 from bitdistill_ray.student.figures import Figures
 from bitdistill_ray.student.flops import TERA, Arithmetic
 from bitdistill_ray.student.inbox import Inbox, Share

@@ -78,15 +78,20 @@ def read_documents(unit: Unit, corpus: CorpusSpec, counts: Counts) -> Iterator[P
         yield from document_pieces(read_text(storage, compression(unit.url)), limit, counts)
         return
     records: Iterator[Record]
+    labels = source.template is not None
     if kind is FileFormat.PARQUET:
-        records = read_parquet(storage, source.columns, unit.row_group)
+        records = read_parquet(storage, source.columns, unit.row_group, labels=labels)
     elif kind is FileFormat.ARROW:
-        records = read_arrow(storage, source.columns)
+        records = read_arrow(storage, source.columns, labels=labels)
     else:
         max_line = limit * MAX_BYTES_PER_CHARACTER + LINE_OVERHEAD
-        records = read_jsonl(storage, compression(unit.url), source.columns, max_line)
+        records = read_jsonl(storage, compression(unit.url), source.columns, max_line, labels=labels)
     for record in records:
-        if source.is_supervised:
+        if source.template is not None:
+            row = dict(zip(source.columns, record, strict=True))
+            made = source.template.prompt(row, unit.url), source.template.answer(row, unit.url)
+            yield from _pair(made, limit, counts)
+        elif source.is_supervised:
             yield from _pair(record, limit, counts)
         else:
             yield from document_pieces(_slices(record[0] or "", limit), limit, counts)

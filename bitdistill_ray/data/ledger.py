@@ -116,7 +116,7 @@ def corpus_fingerprint(corpus: CorpusSpec, units: Iterable[Unit], encoder: Encod
         "units": _sha256([[labels[unit.source], unit.name, unit.stamp] for unit in units]),
         "tokenizer": encoder.fingerprint,
         "packing": _sha256([corpus.sequence_length, corpus.max_document_characters, corpus.prompt_is_target,
-                            [list(source.columns) for source in corpus.sources]]),
+                            [source.reading for source in corpus.sources]]),
         "order": _sha256([corpus.seed, corpus.window]),
     }  # fmt: skip
     if corpus.is_weighted:

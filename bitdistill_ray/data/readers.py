@@ -1,9 +1,9 @@
 """Files to records: parquet, Arrow, JSONL and plain text, a piece at a time.
 
-A record is one value per wanted column, or None where the file has none.  Nothing is held whole: parquet comes in
-batches of rows (of however large a row group), Arrow in its own batches, JSONL line by line, text in chunks; so the
-largest thing in memory is one record, or one batch of an Arrow file.  Every complaint names the file and the place in
-it.
+A record is one text per wanted column, or None where the file has none; with `labels`, integers and truth values become
+text.  Nothing is held whole: parquet comes in batches of rows (of however large a row group), Arrow in its own batches,
+JSONL line by line, text in chunks; so the largest thing in memory is one record, or one batch of an Arrow file.  Every
+complaint names the file and the place in it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _corrupt(where: str, error: Exception) -> DataError:
     return DataError(where, f"corrupt: {words}", "Write or download the file again, or leave it out")
 
 
-def read_parquet(storage: Storage, columns: Sequence[str], row_group: int) -> Iterator[Record]:
+def read_parquet(storage: Storage, columns: Sequence[str], row_group: int, *, labels: bool = False) -> Iterator[Record]:
     """The records of one row group of the parquet file at `storage`.
 
     Raises DataError for a column that is missing or holds no strings, invalid UTF-8, and damaged bytes.
@@ -62,7 +62,7 @@ def read_parquet(storage: Storage, columns: Sequence[str], row_group: int) -> It
         file = pq.ParquetFile(handle, pre_buffer=False, buffer_size=CHUNK_BYTES)
         schema = file.schema_arrow
         for column in columns:
-            _check_column(where, schema, column)
+            _check_column(where, schema, column, labels)
         row = 0
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[row_group], columns=list(columns)):
             for values in zip(*(batch.column(column) for column in columns), strict=True):
@@ -70,7 +70,7 @@ def read_parquet(storage: Storage, columns: Sequence[str], row_group: int) -> It
                 row += 1
 
 
-def read_arrow(storage: Storage, columns: Sequence[str]) -> Iterator[Record]:
+def read_arrow(storage: Storage, columns: Sequence[str], *, labels: bool = False) -> Iterator[Record]:
     """The records of an Arrow file (the stream or the file format, as `datasets` saves them), batch by batch.
 
     Raises as `read_parquet` does.
@@ -82,19 +82,21 @@ def read_arrow(storage: Storage, columns: Sequence[str]) -> Iterator[Record]:
         handle.seek(0)
         reader = pa.ipc.open_file(handle) if is_file else pa.ipc.open_stream(handle)
         for column in columns:
-            _check_column(where, reader.schema, column)
+            _check_column(where, reader.schema, column, labels)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for number, batch in enumerate(batches):
             for row, values in enumerate(zip(*(batch.column(column) for column in columns), strict=True)):
                 yield tuple(_arrow_text(where, f"row {row} of batch {number}", value) for value in values)
 
 
-def _check_column(where: str, schema: Any, column: str) -> None:
+def _check_column(where: str, schema: Any, column: str, labels: bool) -> None:
     if column not in schema.names:
         raise missing_column(where, column, schema.names)
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+    known = [pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view]
+    known += [pa.types.is_integer, pa.types.is_boolean] if labels else []
+    if not any(is_kind(kind) for is_kind in known):
         raise DataError(where, f"column {column!r} holds {kind}, not text", "Name a column of strings")
 
 
@@ -150,7 +152,9 @@ def _not_utf8(where: str, offset: int) -> DataError:
     return DataError(where, f"not UTF-8 at byte {offset}", ENCODING_REMEDY)
 
 
-def read_jsonl(storage: Storage, compression: str | None, columns: Sequence[str], max_line: int) -> Iterator[Record]:
+def read_jsonl(
+    storage: Storage, compression: str | None, columns: Sequence[str], max_line: int, *, labels: bool = False
+) -> Iterator[Record]:
     """The records of a JSONL file; blank lines are passed over.
 
     Raises DataError for a line that is not UTF-8 (with its byte offset), no JSON object, lacks a column, or is longer
@@ -169,13 +173,15 @@ def read_jsonl(storage: Storage, compression: str | None, columns: Sequence[str]
         if not isinstance(record, dict):
             raise DataError(f"{where}:{number}", f"a JSON {type(record).__name__}, not an object",
                             'Write one object such as {"text": "…"} on each line')  # fmt: skip
-        yield tuple(_json_text(f"{where}:{number}", record, column) for column in columns)
+        yield tuple(_json_text(f"{where}:{number}", record, column, labels) for column in columns)
 
 
-def _json_text(where: str, record: dict[str, Any], column: str) -> str | None:
+def _json_text(where: str, record: dict[str, Any], column: str, labels: bool) -> str | None:
     if column not in record:
         raise missing_column(where, column, list(record))
     value = record[column]
+    if labels and isinstance(value, int):
+        return str(value)
     if value is not None and not isinstance(value, str):
         raise DataError(where, f"{column!r} holds {type(value).__name__}, not text", "Name a key that holds strings")
     return value

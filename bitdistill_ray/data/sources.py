@@ -12,6 +12,7 @@ from fractions import Fraction
 
 from bitdistill_ray.data.encoder import Encoder, StoredEncoder, load_encoder
 from bitdistill_ray.data.hub_id import HubId
+from bitdistill_ray.data.template import Template
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.storage import PATIENCE_S, TIMEOUT_S, Storage
 
@@ -36,6 +37,7 @@ class Source:
     name             first part of the sequence ids; empty: the last part of the path
     text_column      the column, or JSON key, of plain documents
     prompt_column    with response_column: supervised pairs instead of plain documents
+    template         makes supervised pairs of whole rows
     weight           its share of the sequences, against the other sources' weights; None: all sources are one stream
     endpoint_url, region, anonymous, timeout_s, patience_s    as in `Storage`
     """
@@ -47,6 +49,7 @@ class Source:
     text_column: str = "text"
     prompt_column: str | None = None
     response_column: str | None = None
+    template: Template | None = None
     endpoint_url: str | None = None
     region: str | None = None
     anonymous: bool = False
@@ -68,7 +71,9 @@ class Source:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns to read: (text,) or (prompt, response)."""
+        """The columns to read: (text,), (prompt, response) or those of the template, its answer last."""
+        if self.template is not None:
+            return *self.template.fields, self.template.answer_column
         if self.prompt_column is not None and self.response_column is not None:
             return self.prompt_column, self.response_column
         hub = self.hub
@@ -82,7 +87,13 @@ class Source:
     @property
     def is_supervised(self) -> bool:
         """Whether documents are (prompt, response) pairs."""
-        return self.prompt_column is not None
+        return self.prompt_column is not None or self.template is not None
+
+    @property
+    def reading(self) -> list[object]:
+        """What decides how a row becomes text."""
+        made = [self.template.text, self.template.words] if self.template is not None else []
+        return [*self.columns, *made]
 
     @property
     def is_glob(self) -> bool:

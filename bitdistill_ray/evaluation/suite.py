@@ -48,8 +48,10 @@ class Suite:
         cut = {n: language.windows(t, tokenizer, context=context, max_tokens=max_tokens) for n, t in texts.items()}
         return cls(cut, {task.name: (task, rows) for task, rows in task_rows}, harness, writing)
 
-    def report(self, name: str, candidate: Candidate, teacher: Candidate) -> ModelReport:
-        """Measure one model.
+    def report(
+        self, name: str, candidate: Candidate, teacher: Candidate, *, beside: ModelReport | None = None
+    ) -> ModelReport:
+        """Measure one model; what can be compared row by row also less the model of `beside`.
 
         Raises:
             ModelError: its vocabulary is not the teacher's.
@@ -61,12 +63,14 @@ class Suite:
         for text, ids_WT in self.texts.items():
             alone = candidate is teacher
             report.metrics |= language.measure(model, teacher.model, ids_WT, name=text, alone=alone)
-        for name, (task, rows) in self.tasks.items():
-            report.metrics[f"accuracy:{name}"] = tasks.accuracy(model, candidate.tokenizer, rows, task)
+        for task, rows in self.tasks.values():
+            tasks.measure_task(model, candidate.tokenizer, rows, task, report)
         for wanted, rows in self.writing:
-            report.metrics |= measure_writing(model, candidate.tokenizer, rows, wanted)
+            measure_writing(model, candidate.tokenizer, rows, wanted, report)
         for options in self.harness:
             report.metrics |= measure_harness(model, candidate.tokenizer, options)
+        if beside is not None:
+            report.add_gaps(beside)
         return report
 
 
@@ -82,6 +86,13 @@ def check_vocabulary(name: str, candidate: Candidate, teacher: Candidate) -> Non
 def excerpt() -> str:
     """The public-domain text that ships."""
     return (resources.files("bitdistill_ray") / "recipes" / "excerpt.txt").read_text(encoding="utf-8")
+
+
+def rows_json(reports: Sequence[ModelReport]) -> dict[str, dict[str, list[float]]]:
+    """The rows' values by metric and model, of what is a mean over rows."""
+    names = dict.fromkeys(name for report in reports for name in report.rows)
+    return {name: {r.name: [round(float(v), 4) for v in r.rows[name]] for r in reports if name in r.rows}
+            for name in names}  # fmt: skip
 
 
 def as_json(reports: Sequence[ModelReport]) -> dict[str, Any]:

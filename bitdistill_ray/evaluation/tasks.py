@@ -14,20 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill_ray.core import TokenBatch
-from bitdistill_ray.errors import DataError
+from bitdistill_ray.data.template import Template
 from bitdistill_ray.evaluate_config import TaskConfig
-from bitdistill_ray.evaluation.metric import Metric, bootstrap
+from bitdistill_ray.evaluation.metric import ModelReport
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 
 ROWS_AT_A_TIME = 16
 
 
-def accuracy(model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], task: TaskConfig) -> Metric:
-    """Share of rows whose label is predicted, with its interval."""
-    predictions = predict(model, tokenizer, rows, task)
-    hits = np.array([int(row[task.label_column]) == p for row, p in zip(rows, predictions, strict=True)], dtype=float)
-    return bootstrap(hits, f"{len(rows)} rows, labels {list(task.labels)} scored by log-probability")
+def measure_task(
+    model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], task: TaskConfig, report: ModelReport
+) -> None:
+    """Add `accuracy:NAME`, the share of rows whose label is predicted, to a report.
+
+    Raises:
+        DataError: a column that the rows do not have, a label without words.
+    """
+    template, where = template_of(task), f"tasks.{task.name}"
+    labels_W = np.array([template.label(row, where) for row in rows])
+    predicted_W = np.array(predict(model, tokenizer, rows, task))
+    words = f"{len(rows)} rows, labels {list(task.labels.values())} scored by log-probability"
+    report.add_rows(f"accuracy:{task.name}", (predicted_W == labels_W).astype(float), words)
+    report.predictions[task.name] = predicted_W
+
+
+def template_of(task: TaskConfig) -> Template:
+    """How its rows become prompts and labels."""
+    return Template(task.template, task.label_column, tuple(task.labels.items()))
 
 
 def predict(model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], task: TaskConfig) -> list[int]:
@@ -36,7 +50,7 @@ def predict(model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], ta
     Raises:
         DataError: the template names a column that the rows do not have.
     """
-    labels = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in task.labels]
+    labels = [tokenizer(words, add_special_tokens=False)["input_ids"] for words in task.labels.values()]
     predictions: list[int] = []
     for first in range(0, len(rows), ROWS_AT_A_TIME):
         prompts = [_prompt(tokenizer, row, task) for row in rows[first : first + ROWS_AT_A_TIME]]
@@ -46,12 +60,7 @@ def predict(model: nn.Module, tokenizer: Any, rows: Sequence[dict[str, Any]], ta
 
 
 def _prompt(tokenizer: Any, row: dict[str, Any], task: TaskConfig) -> list[int]:
-    try:
-        text = task.template.format(**row)
-    except KeyError as missing:
-        raise DataError(
-            f"tasks.{task.name}.template", f"names the column {missing}", f"Columns: {sorted(row)}"
-        ) from None
+    text = template_of(task).prompt(row, f"tasks.{task.name}")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -8,26 +8,28 @@ longest column, never the words of the template around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from string import Formatter
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from bitdistill_ray.data.template import Template
 from bitdistill_ray.decode.generation import generate
 from bitdistill_ray.decode.loading import decoder_over, stop_ids
 from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluate_config import WritingConfig
-from bitdistill_ray.evaluation.metric import RESAMPLES, Metric, bootstrap
+from bitdistill_ray.evaluation.metric import RESAMPLES, Metric, ModelReport
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")  # the last takes each line for a sentence
 HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # of which a cut between tokens left some bytes
 Row = dict[str, Any]
 
 
-def measure_writing(model: nn.Module, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) -> dict[str, Metric]:
-    """`rouge1:NAME`, `rouge2:NAME`, `rougeL:NAME`, `rougeLsum:NAME` and `bleu:NAME`.
+def measure_writing(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Row], task: WritingConfig, report: ModelReport
+) -> None:
+    """Add `rouge1:NAME`, `rouge2:NAME`, `rougeL:NAME`, `rougeLsum:NAME` and `bleu:NAME` to a report.
 
     Raises:
         DataError: no rows, or a column that they do not have.
@@ -39,7 +41,10 @@ def measure_writing(model: nn.Module, tokenizer: Any, rows: Sequence[Row], task:
                         f"Columns: {sorted(rows[0])}")  # fmt: skip
     written = write(model, tokenizer, rows, task)
     references = [str(row[task.reference_column]) for row in rows]
-    return {f"{name}:{task.name}": metric for name, metric in scores(written, references).items()}
+    protocol = f"{len(written)} rows, greedy; rouge-score, stems, F1"
+    for name, values in rouge(written, references).items():
+        report.add_rows(f"{name}:{task.name}", values, protocol)
+    report.metrics[f"bleu:{task.name}"] = bleu(written, references)
 
 
 def write(model: Any, tokenizer: Any, rows: Sequence[Row], task: WritingConfig) -> list[str]:
@@ -60,13 +65,11 @@ def prompt_ids(tokenizer: Any, row: Row, task: WritingConfig) -> list[int]:
         DataError: the template names a column that is not there, or is too long by itself.
     """
     columns, where = {name: str(value) for name, value in row.items()}, f"writing.{task.name}.template"
-    named = [name for _, name, _, _ in Formatter().parse(task.template) if name in columns]
-    longest = max(named, key=lambda name: len(columns[name]), default="")
+    template = Template(task.template, task.reference_column)
+    longest = max((name for name in template.fields if name in columns), key=lambda n: len(columns[n]), default="")
     while True:
-        try:
-            ids: list[int] = tokenizer(task.template.format(**columns), add_special_tokens=False)["input_ids"]
-        except KeyError as missing:
-            raise DataError(where, f"names the column {missing}", f"Columns: {sorted(row)}") from None
+        text = template.prompt(columns, where)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         over = len(ids) - task.max_prompt_tokens
         if over <= 0:
             return ids
@@ -78,18 +81,19 @@ def prompt_ids(tokenizer: Any, row: Row, task: WritingConfig) -> list[int]:
         columns[longest] = kept if len(kept) < len(text) else text[:-1]
 
 
-def scores(written: Sequence[str], references: Sequence[str]) -> dict[str, Metric]:
-    """ROUGE and BLEU, in percent, by our names."""
+def rouge(written: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """Each text's F1, in percent, by our names."""
     from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics.bleu import BLEU
 
     scorer = RougeScorer(ROUGES, use_stemmer=True)
     found = [scorer.score(reference, text) for text, reference in zip(written, references, strict=True)]
-    protocol = f"{len(written)} rows, greedy; rouge-score, stems, F1"
-    metrics = {name: bootstrap(np.array([100 * f[name].fmeasure for f in found]), protocol) for name in ROUGES}
-    bleu = BLEU()
-    whole = bleu.corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLES)
+    return {name: np.array([100 * f[name].fmeasure for f in found]) for name in ROUGES}
+
+
+def bleu(written: Sequence[str], references: Sequence[str]) -> Metric:
+    """Of the whole corpus, in percent."""
+    from sacrebleu.metrics.bleu import BLEU
+
+    whole = BLEU().corpus_score(list(written), [list(references)], n_bootstrap=RESAMPLES)
     low, high = whole._mean - whole._ci, whole._mean + whole._ci
-    metrics["bleu"] = Metric(float(whole.score), float(low), float(high),
-                             f"{len(written)} rows, greedy; sacrebleu, corpus")  # fmt: skip
-    return metrics
+    return Metric(float(whole.score), float(low), float(high), f"{len(written)} rows, greedy; sacrebleu, corpus")

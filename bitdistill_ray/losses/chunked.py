@@ -99,6 +99,7 @@ def chunked_loss(
     segment_BT: Tensor | None = None,
     student_attention: AttentionStates | None = None,
     totals: Totals | None = None,
+    relation_weight: Tensor | None = None,
 ) -> Loss:
     """The objective's value on one micro-batch, and its parts.
 
@@ -112,6 +113,7 @@ def chunked_loss(
     segment_BT         documents, -1 on padding; None: no padding, one document per sequence
     student_attention  for relations: the student's states of the layer it learns from `signals.attention`
     totals             what sums are divided by; None: this micro-batch's own counts
+    relation_weight    scalar in place of the objective's weight of relations
     """
     if chunk_tokens < 1:
         raise ConfigError("chunk_tokens", f"{chunk_tokens}", "Give at least 1, such as 1024")
@@ -146,7 +148,8 @@ def chunked_loss(
             segment_BT=segment_BT,
             total_rows=totals.present,
         )
-        parts[RELATION], value = part.detach(), value + objective.relation.weight * part
+        weight = objective.relation.weight if relation_weight is None else relation_weight
+        parts[RELATION], value = part.detach(), value + weight * part
     return Loss(value=value, parts=parts, tokens=(labels_BT >= 0).sum())
 
 

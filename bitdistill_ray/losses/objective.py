@@ -118,7 +118,7 @@ class Term:
 class RelationTerm:
     """Attention-relation distillation of one layer (BitNet Distillation, section 3.3; MiniLMv2).
 
-    weight           its factor in the sum (gamma in the paper)
+    weight           its factor in the sum (gamma in the paper); `chunked_loss` may be given another, made as it trains
     form             how relation logits are made
     temperature      divides the relation logits
     relation_heads   heads*C is merged and split anew into this many, so that student and teacher may differ in width;

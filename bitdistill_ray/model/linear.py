@@ -39,13 +39,15 @@ class QuantLinear(nn.Linear):
     """A linear with fake-quantised weights (`spec`), perhaps int8 activations, perhaps a SubLN in front (`norm`).
 
     `spec` None leaves the weights as they are (a SubLN alone).  `alpha` is the scale of learnable formats.  `baked`:
-    the weight holds the quantised values already (`bake`).  Made by `quant_linear`, never constructed.
+    the weight holds the quantised values already (`bake`).  `strength`, while a student is led into quantisation, is
+    how much of it weights and activations see (`soften`).  Made by `quant_linear`, never constructed.
     """
 
     spec: QuantSpec | None
     norm: SubNorm | None
     alpha: nn.Parameter | None
     baked: bool
+    strength: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] to [..., N] in the dtype of the input; differentiable in input, weight, gain and alpha."""
@@ -54,14 +56,14 @@ class QuantLinear(nn.Linear):
         if self.spec is None:
             return nn.functional.linear(input, self.weight, self.bias)
         if self.spec.activation_bits is not None:
-            input = fake_quantize_activation(input, self.spec.activation_bits)
+            input = fake_quantize_activation(input, self.spec.activation_bits, strength=self.strength)
         return nn.functional.linear(input, self.quantized_weight(), self.bias)
 
     def quantized_weight(self) -> Tensor:
         """The [N, K] weight that the forward pass multiplies by: dequantised codes, in the dtype of the weight."""
         if self.spec is None or self.baked:
             return self.weight
-        return fake_quantize(self.weight, self.spec, alpha=self.alpha)
+        return fake_quantize(self.weight, self.spec, alpha=self.alpha, strength=self.strength)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -92,6 +94,16 @@ def set_spec(linear: nn.Linear, spec: QuantSpec) -> QuantLinear:
         with whole_parameter(changed.weight), torch.no_grad():
             changed.alpha = nn.Parameter(initial_alpha(changed.weight, spec).to(changed.weight.dtype))
     return changed
+
+
+def soften(model: nn.Module, strength: Tensor) -> None:
+    """From now on every QuantLinear sees weights and activations as x + strength * (Q(x) - x).
+
+    `strength` is one scalar on the model's device, read in every pass, recorded ones too: it may be changed in place.
+    """
+    for linear in model.modules():
+        if isinstance(linear, QuantLinear):
+            linear.strength = strength
 
 
 @torch.no_grad()

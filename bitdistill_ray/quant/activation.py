@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.quant.rounding import softened
 
 MIN_PEAK = 1e-5
 
@@ -25,21 +26,25 @@ def quantize_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return rounded.to(torch.int8), scale
 
 
-def fake_quantize_activation(x: Tensor, bits: int) -> Tensor:
-    """q * scale in x's dtype, with the identity as gradient; equal to the product of `quantize_activation`'s two."""
-    output: Tensor = _FakeQuantizeActivation.apply(x, bits)  # type: ignore[no-untyped-call]
+def fake_quantize_activation(x: Tensor, bits: int, *, strength: Tensor | None = None) -> Tensor:
+    """q * scale in x's dtype, with the identity as gradient; equal to the product of `quantize_activation`'s two.
+
+    `strength` is that of `fake_quantize`.
+    """
+    output: Tensor = _FakeQuantizeActivation.apply(x, bits, strength)  # type: ignore[no-untyped-call]
     return output
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bits: int, strength: Tensor | None) -> Tensor:
         rounded, scale = _quantize(x, bits)
-        return rounded.add_(0.0).mul_(scale).to(x.dtype)  # no negative zero: an int8 has none
+        values = rounded.add_(0.0).mul_(scale)  # no negative zero: an int8 has none
+        return softened(x.to(values.dtype), values, strength).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
 
 
 def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

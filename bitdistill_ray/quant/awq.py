@@ -8,6 +8,9 @@ rounding.  Over a grid of exponents,
 that a is kept whose sum of output errors, tr(d H d^T) with d = w - Q(w s) / s, is the smallest; a = 0 is no scaling, so
 the result is never worse than that.  The error is exact through second moments H of the inputs (the authors run 512
 tokens through the layer), and rms(x) is the root of H's diagonal where they take mean |x|.
+
+For ternary a is tried below 0 too, and is found there: its level is mean |w|, and a Gaussian's error is least at 1.5
+times that, so a channel that carries much wants a level above the others'.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.quant.base import fake_quantize, initial_alpha
 from bitdistill_ray.quant.moments import output_errors
+from bitdistill_ray.quant.quantizer import quantizer_of
 
 SMALLEST = 1e-4  # of a channel's rms, against the mean of all: channels that are hardly there are not scaled to nothing
 
@@ -40,7 +44,10 @@ def search_scales(
     """
     rms_K = tie(gram_KK.diagonal().float().clamp_min(0).sqrt())
     rms_K = rms_K.clamp_min(SMALLEST * float(rms_K.mean()) + torch.finfo(torch.float32).tiny)
-    powers_PK = torch.stack([rms_K.pow(step / steps) for step in range(steps)])
+    exponents = [step / steps for step in range(steps)]
+    if any(quantizer_of(spec.format).low_level for _, spec in linears):
+        exponents += [-exponent for exponent in exponents[1:]]
+    powers_PK = torch.stack([rms_K.pow(exponent) for exponent in exponents])
     s_PK = powers_PK / (powers_PK.amax(-1, keepdim=True) * powers_PK.amin(-1, keepdim=True)).sqrt()
     errors_P = torch.stack([torch.stack([_error(w, s_K, gram_KK, spec) for w, spec in linears]).sum() for s_K in s_PK])
     best = int(errors_P.argmin())  # the least scaling of equals; the one time that the device is waited for

@@ -22,6 +22,7 @@ from bitdistill_ray.core import Granularity, QuantSpec
 from bitdistill_ray.errors import ConfigError, ModelError
 from bitdistill_ray.quant.grouping import Grouping
 from bitdistill_ray.quant.quantizer import Quantizer, quantizer_of
+from bitdistill_ray.quant.rounding import softened
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -86,16 +87,21 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     return grouping.join(values, q.shape)
 
 
-def fake_quantize(w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None) -> Tensor:
+def fake_quantize(
+    w_NK: Tensor, spec: QuantSpec, *, alpha: Tensor | None = None, strength: Tensor | None = None
+) -> Tensor:
     """The quantised values in w's dtype, with the method's straight-through gradients for w and alpha.
 
     Equal to `dequantize(quantize(w, spec, alpha=alpha)).to(w.dtype)` bit for bit.  Weights that are not finite give
     results that are not; `quantize` refuses them.
+
+    strength   scalar lambda in [0, 1]: w + lambda (Q(w) - w), and the gradient of that; w itself at 0, Q(w) at 1, both
+               bit for bit.  None is 1
     """
     grouping, quantizer, alphas = _prepare(w_NK, spec, alpha, "weight")
     gain = quantizer.alpha_gradient_scale(w_NK.numel())
     parts = [
-        _FakeQuantize.apply(part_RGS, alpha_RG1, quantizer, spec, gain)  # type: ignore[no-untyped-call]
+        _FakeQuantize.apply(part_RGS, alpha_RG1, strength, quantizer, spec, gain)  # type: ignore[no-untyped-call]
         for part_RGS, alpha_RG1 in zip(grouping.split(w_NK), alphas, strict=True)
     ]
     return grouping.join(parts, (w_NK.shape[0], w_NK.shape[1]))
@@ -148,30 +154,37 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, w_RGS: Tensor, alpha_RG1: Tensor | None, quantizer: Quantizer, spec: QuantSpec, gain: float
+        ctx: Any,
+        w_RGS: Tensor,
+        alpha_RG1: Tensor | None,
+        strength: Tensor | None,
+        quantizer: Quantizer,
+        spec: QuantSpec,
+        gain: float,
     ) -> Tensor:
         w = w_RGS.to(_compute_dtype(w_RGS))
         scale_RGC, zero_RG1 = _scale_and_zero(quantizer, w, alpha_RG1, spec)
         index_RGS = quantizer.encode(w, scale_RGC, zero_RG1, spec.rounding)
         if not quantizer.identity_gradient:
-            ctx.save_for_backward(w_RGS, scale_RGC, zero_RG1)
+            ctx.save_for_backward(w_RGS, scale_RGC, zero_RG1, strength)
         ctx.quantizer, ctx.rounding, ctx.gain = quantizer, spec.rounding, gain
         ctx.alpha_dtype = None if alpha_RG1 is None else alpha_RG1.dtype
-        return quantizer.decode(index_RGS, scale_RGC).to(w_RGS.dtype)
+        return softened(w, quantizer.decode(index_RGS, scale_RGC), strength).to(w_RGS.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         (grad_RGS,) = grads
-        if ctx.quantizer.identity_gradient:
-            return grad_RGS, None, None, None, None
-        w_RGS, scale_RGC, zero_RG1 = ctx.saved_tensors
-        dtype = scale_RGC.dtype
+        if ctx.quantizer.identity_gradient:  # of Q(w), so of every mixture with w
+            return grad_RGS, None, None, None, None, None
+        w_RGS, scale_RGC, zero_RG1, strength = ctx.saved_tensors
+        grad = grad_RGS.to(scale_RGC.dtype)
         grad_w_RGS, grad_alpha_RG1 = ctx.quantizer.gradient(
-            grad_RGS.to(dtype), w_RGS.to(dtype), scale_RGC, zero_RG1, ctx.rounding
+            grad, w_RGS.to(scale_RGC.dtype), scale_RGC, zero_RG1, ctx.rounding
         )
+        grad_w_RGS = softened(grad, grad_w_RGS, strength)
         if grad_alpha_RG1 is not None:
-            grad_alpha_RG1 = (grad_alpha_RG1 * ctx.gain).to(ctx.alpha_dtype)
-        return grad_w_RGS.to(w_RGS.dtype), grad_alpha_RG1, None, None, None
+            grad_alpha_RG1 = (grad_alpha_RG1 * ctx.gain * (1.0 if strength is None else strength)).to(ctx.alpha_dtype)
+        return grad_w_RGS.to(w_RGS.dtype), grad_alpha_RG1, None, None, None, None
 
 
 def _prepare(

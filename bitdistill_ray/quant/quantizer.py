@@ -23,10 +23,12 @@ from bitdistill_ray.quant.rounding import MIN_SCALE, round_scale
 class Quantizer(ABC):
     """One format's arithmetic.
 
-    `identity_gradient`: the gradient of the weights is the gradient of the output, so nothing is kept for backward.
+    identity_gradient   the gradient of the weights is the gradient of the output, so nothing is kept for backward
+    low_level           a group's largest value is below where the error of normally distributed weights is least
     """
 
     identity_gradient: ClassVar[bool] = False
+    low_level: ClassVar[bool] = False
 
     @abstractmethod
     def raw_scale(self, w_RGS: Tensor) -> Tensor:

@@ -45,3 +45,8 @@ def round_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
     normal = (((bits + half + odd) >> _DROPPED_BITS) << _DROPPED_BITS).view(torch.float32)
     subnormal = (single / _FP16_SMALLEST).round() * _FP16_SMALLEST
     return torch.where(single < _FP16_NORMAL, subnormal, normal).to(scale.dtype)
+
+
+def softened(x: Tensor, quantised: Tensor, strength: Tensor | None) -> Tensor:
+    """x + strength * (quantised - x): x itself at 0 and `quantised` at 1, bit for bit; None is 1."""
+    return quantised if strength is None else torch.lerp(x, quantised, strength.to(quantised.dtype))

@@ -28,6 +28,7 @@ class Ternary(Quantizer):
     """Codes 0, 1, 2 stand for -1, 0, 1 times the scale."""
 
     identity_gradient: ClassVar[bool] = True
+    low_level: ClassVar[bool] = True
 
     def raw_scale(self, w_RGS: Tensor) -> Tensor:
         return w_RGS.abs().mean(dim=-1, keepdim=True).clamp(min=MIN_SCALE)

@@ -1,8 +1,9 @@
-"""bitdistill compare RUN RUN … [--html FILE]    runs side by side: a Markdown table, and curves over training tokens.
+"""bitdistill compare RUN RUN … [--against NAME] [--html FILE]    runs side by side: a Markdown table, and curves.
 
 The table has the teacher and the untrained baselines once, from the first run that measured them, and the trained
-student of every run: bits, tokens, and on each text perplexity, KL to the teacher and agreement with it.  The page
-draws what `monitor.quality_every` measured while they trained.  A RUN is a folder, local or at a URL.
+student of every run: bits, tokens, and on each text perplexity, KL to the teacher and agreement with it.  Runs called
+NAME-seed0, NAME-seed1, … also come as their mean over seeds, with paired intervals (`pooled.py`).  The page draws over
+training tokens what `monitor.quality_every` measured while they trained.  A RUN is a folder, local or at a URL.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from bitdistill_ray.report.curves import QUALITY
 from bitdistill_ray.report.gather import RunFacts, gather
 from bitdistill_ray.report.markup import Markup, element, table
 from bitdistill_ray.report.page import document
+from bitdistill_ray.report.pooled import HEADS, TEACHER, TRAINED, pooled
 
-TRAINED = "trained"  # what `evaluate` calls the student of the whole run
 Cells = list[str]
 
 
@@ -53,9 +54,15 @@ def compare(runs: Sequence[RunFacts]) -> tuple[Cells, list[Cells]]:
                 rows.append(_row(model["name"], model, metrics, tokens=0, seconds=None))
     for facts in runs:
         tokens, seconds = _trained(facts)
-        rows += [_row(_name(facts), model, metrics, tokens=tokens, seconds=seconds)
-                 for model in facts.evaluation if model["name"] == TRAINED]  # fmt: skip
+        made = TRAINED if any(model["name"] == TRAINED for model in facts.evaluation) else _tuned(facts)
+        rows += [_row(facts.name, model, metrics, tokens=tokens, seconds=seconds)
+                 for model in facts.evaluation if model["name"] == made]  # fmt: skip
     return ["student", "bits", "tokens", "training", *metrics], rows
+
+
+def _tuned(facts: RunFacts) -> str | None:
+    """The model of a run that trained no student but its teacher."""
+    return TEACHER if any(stage.kind == "finetune" for stage in facts.config.stages.values()) else None
 
 
 def curves(runs: Sequence[RunFacts]) -> Iterator[Markup]:
@@ -63,7 +70,7 @@ def curves(runs: Sequence[RunFacts]) -> Iterator[Markup]:
     keys = dict.fromkeys(key for facts in runs for row in _rows(facts) for key in row)
     for prefix, title, note in QUALITY:
         for key in (key for key in keys if key.startswith(prefix)):
-            series = [Series(_name(facts), _points(facts, key)) for facts in runs]
+            series = [Series(facts.name, _points(facts, key)) for facts in runs]
             yield line_chart(f"{title}: {key.removeprefix(prefix)}", series, note=note, over="tokens")
 
 
@@ -84,10 +91,6 @@ def _trained(facts: RunFacts) -> tuple[int, float]:
             sum(row.get("seconds", 0.0) + (row.get("data_wait_s") or 0.0) for row in rows))  # fmt: skip
 
 
-def _name(facts: RunFacts) -> str:
-    return facts.url.rstrip("/").rpartition("/")[2] or facts.url
-
-
 def _row(name: str, model: dict[str, Any], metrics: Sequence[str], *, tokens: int, seconds: float | None) -> Cells:
     values = [figure(model["metrics"][m]["value"]) if m in model["metrics"] else "–" for m in metrics]
     took = "–" if seconds is None else f"{seconds:,.0f} s"
@@ -105,7 +108,7 @@ def page(runs: Sequence[RunFacts], heads: Cells, rows: Sequence[Cells]) -> str:
     charts = list(curves(runs))
     said = "" if charts else "No run measured its student while it trained (monitor.quality_every)."
     header = element("header", element("h1", f"{len(runs)} runs side by side"), element("p", said, class_="note"))
-    urls = element("ul", *(element("li", element("b", _name(facts)), f": {facts.url}") for facts in runs))
+    urls = element("ul", *(element("li", element("b", facts.name), f": {facts.url}") for facts in runs))
     body = [element("section", element("h2", "After training"), table(heads, [list(row) for row in rows]), urls)]
     if charts:
         body.append(element("section", element("h2", "While training"), element("div", *charts, class_="charts")))
@@ -116,15 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit status, 2 after an error that the user can mend."""
     command = argparse.ArgumentParser(prog="bitdistill compare", description=__doc__.partition("\n\n")[2])
     command.add_argument("runs", nargs="+", metavar="RUN")
+    command.add_argument("--against", metavar="NAME", help="the gaps of means over seeds are to these runs")
     command.add_argument("--html", metavar="FILE", help="also write the table and the curves as a page")
     options = command.parse_args(argv)
     try:
         runs = [gather(open_run(url), weights=False) for url in options.runs]
         heads, rows = compare(runs)
+        means = pooled(runs, options.against)
     except BitdistillError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(markdown(heads, rows))
+    if means:
+        print(f"\n{markdown(HEADS, means)}")
     if options.html:
         Path(options.html).write_text(page(runs, heads, rows), encoding="utf-8")
     return 0

@@ -47,6 +47,12 @@ def stage_charts(rows: Sequence[Row]) -> Markup:
     if _any(rows, "zeros"):
         charts.append(line_chart("Weights at zero", [series("zeros", rows, lambda r: _times(r.get("zeros"), 100))],
                                  note="%"))  # fmt: skip
+    if _any(rows, "quant_strength"):
+        strength = series("strength", rows, of("quant_strength"))
+        charts.append(line_chart("Strength of the quantisation", [strength], note="1 is all of it", from_zero=True))
+    if _any(rows, "relation_weight"):
+        charts.append(line_chart("Weight of relations", [series("weight", rows, of("relation_weight"))],
+                                 note="set by gradients", from_zero=True))  # fmt: skip
     for prefix, title, note in QUALITY:
         texts = [name for name in dict.fromkeys(key for row in rows for key in row) if name.startswith(prefix)]
         if texts:

@@ -11,7 +11,7 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.machine import commit, describe_machine, versions
 from bitdistill_ray.recipe import dump
-from bitdistill_ray.runs import DONE, RunFolder
+from bitdistill_ray.runs import DONE, ROWS, RunFolder
 from bitdistill_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -31,9 +31,15 @@ class RunFacts:
     rows: dict[str, list[dict[str, Any]]]
     done: dict[str, dict[str, Any]]
     evaluation: list[dict[str, Any]]
+    row_scores: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     histograms: list[Histogram] = field(default_factory=list)
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The last part of its folder."""
+        return self.url.rstrip("/").rpartition("/")[2] or self.url
 
     @property
     def finished(self) -> bool:
@@ -72,6 +78,7 @@ def gather(run: RunFolder, *, weights: bool = True) -> RunFacts:
         rows=rows,
         done=done,
         evaluation=_json(storage, "evaluation.json").get("models", []),
+        row_scores=_json(storage, ROWS),
         histograms=_histograms(run, done, notes) if weights else [],
         machine=_json(storage, MACHINE),
         notes=tuple(notes),

@@ -107,6 +107,7 @@ def _weights(facts: RunFacts) -> Markup:
         element("span", element("i", class_="swatch before"), "before training"),
         element("span", element("i", class_="swatch series-0"), "after training") if trained else None,
         element("span", element("i", class_="swatch level"), "levels of the grid"),
+        element("span", element("i", class_="swatch cut"), "cuts between two codes"),
         class_="legend",
     )
     note = "Latent weights in units of their scale, by kind of layer; the outermost bins hold what lies beyond."

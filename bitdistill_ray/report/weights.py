@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,26 +41,31 @@ GRIDS: dict[Format, tuple[float, ...]] = {
 """The values that codes stand for, in units of the scale (for int2, int3 and int4 under every zero point)."""
 RANGED = frozenset({Format.INT2, Format.INT3, Format.NF3, Format.INT4, Format.INT8})
 """Formats whose grid spans the range of its group."""
+MOVING = (Format.INT2, Format.INT3, Format.INT4, Format.INT2_LSQ, Format.INT3_LSQ)
+"""Grids whose ends depend on the zero point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Histogram:
     """The linears of one kind: shares of the weights in `BINS` bins of [-reach, reach]; the ends hold what is beyond.
 
-    `after` is empty where nothing was trained yet.
+    `cuts`, where a weight passes from one code to the next, are of grids that all groups share.  `after` is empty where
+    nothing was trained yet.
     """
 
     kind: str
     levels: tuple[float, ...]
+    cuts: tuple[float, ...]
     reach: float
     weights: int
     before: tuple[float, ...]
     after: tuple[float, ...] = ()
 
-    def near_zero(self, shares: tuple[float, ...]) -> float:
-        """The share of weights within a quarter of a unit of zero."""
+    def near(self, points: tuple[float, ...], distance: float, shares: tuple[float, ...]) -> float:
+        """The share of weights within `distance` of one of the points."""
         width = 2 * self.reach / BINS
-        return sum(s for i, s in enumerate(shares) if abs(-self.reach + (i + 0.5) * width) <= 0.25)
+        middles = (-self.reach + (i + 0.5) * width for i in range(BINS))
+        return sum(s for at, s in zip(middles, shares, strict=True) if any(abs(at - p) <= distance for p in points))
 
 
 def weight_histograms(before: Path, after: Path | None) -> list[Histogram]:
@@ -84,6 +90,7 @@ def weight_histograms(before: Path, after: Path | None) -> list[Histogram]:
             Histogram(
                 kind=kind,
                 levels=levels,
+                cuts=() if spec.format in MOVING else tuple((a + b) / 2 for a, b in pairwise(levels)),
                 reach=reach,
                 weights=int(counts.sum()),
                 before=tuple((counts / counts.sum()).tolist()),

@@ -1,6 +1,6 @@
 """The stages of a recipe; importing this registers all of them."""
 
-from bitdistill_ray.stages import awq, clip, evaluate, export, gptq, reconstruct, refine, training, write
+from bitdistill_ray.stages import awq, clip, evaluate, export, gptq, reconstruct, refine, search, training, write
 from bitdistill_ray.stages.base import STAGES, StageContext
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "gptq",
     "reconstruct",
     "refine",
+    "search",
     "training",
     "write",
 ]

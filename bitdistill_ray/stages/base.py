@@ -51,6 +51,14 @@ class StageContext:
                               f"Put a stage before it that makes one: {', '.join(MAKERS[role])}")  # fmt: skip
         return self.run.fetch(path)
 
+    def fact(self, kind: str, name: str) -> Any:
+        """What the newest stage of `kind` before this one said of `name`."""
+        names = list(self.config.stages)
+        before = [n for n in names[: names.index(self.name)] if self.config.stages[n].kind == kind]
+        record = self.run.finished(before[-1])
+        assert record is not None
+        return record.facts[name]
+
     @property
     def teacher_source(self) -> str:
         """The teacher: the fine-tuned one if a `finetune` stage came before, else the configured one."""

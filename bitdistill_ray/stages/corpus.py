@@ -12,6 +12,7 @@ from bitdistill_ray.data.encoder import Encoder, StoredEncoder
 from bitdistill_ray.data.feeder import Feeder
 from bitdistill_ray.data.sources import CorpusSpec, Source
 from bitdistill_ray.data.tables import read_texts
+from bitdistill_ray.data.template import Template
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.evaluate_config import EvaluateStage, TextConfig
 from bitdistill_ray.evaluation.suite import excerpt
@@ -93,6 +94,13 @@ def quality_windows(context: StageContext, encoder: Encoder) -> dict[str, np.nda
     return {name: cut(name, tokens[:most], length) for name, tokens in ids.items()}
 
 
+def _template(source: SourceConfig) -> Template | None:
+    if source.template is None:
+        return None
+    answer = source.response_column or source.label_column
+    return Template(source.template, answer, tuple(source.labels.items()))
+
+
 def source_of(context: StageContext, source: SourceConfig) -> Source:
     """A configured source with the run's storage options."""
     storage = context.config.storage
@@ -102,7 +110,8 @@ def source_of(context: StageContext, source: SourceConfig) -> Source:
         weight=source.weight,
         text_column=source.text_column,
         prompt_column=source.prompt_column,
-        response_column=source.response_column,
+        response_column=source.response_column if source.template is None else None,
+        template=_template(source),
         endpoint_url=storage.endpoint_url,
         region=storage.region,
         anonymous=storage.anonymous,

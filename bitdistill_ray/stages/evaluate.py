@@ -13,10 +13,10 @@ from bitdistill_ray.data.tables import read_rows, read_texts
 from bitdistill_ray.evaluate_config import EvaluateStage, TaskConfig, WritingConfig
 from bitdistill_ray.evaluation.candidate import load_candidate
 from bitdistill_ray.evaluation.metric import ModelReport
-from bitdistill_ray.evaluation.suite import TEACHER, Suite, as_json, excerpt
+from bitdistill_ray.evaluation.suite import TEACHER, Suite, as_json, excerpt, rows_json
 from bitdistill_ray.evaluation.table import print_table
 from bitdistill_ray.hardware import compute_dtype, local_device
-from bitdistill_ray.runs import StageRecord, storage_opener
+from bitdistill_ray.runs import ROWS, StageRecord, storage_opener
 from bitdistill_ray.stage_config import SourceConfig
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import on_cluster
@@ -33,6 +33,8 @@ def evaluate(context: StageContext) -> StageRecord:
     reports: list[ModelReport] = on_cluster(_evaluate, context)
     content = as_json(reports)
     context.run.storage.write_bytes("evaluation.json", json.dumps(content, indent=1).encode())
+    if rows := rows_json(reports):
+        context.run.storage.write_bytes(ROWS, json.dumps(rows).encode())
     print_table(reports)
     return context.record({}, evaluation=content["models"])
 
@@ -46,7 +48,8 @@ def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
     teacher = load_candidate(context.teacher_source, dtype=dtype, device=device, storage=opener)
 
     def rows_of(task: TaskConfig | WritingConfig) -> list[dict[str, Any]]:
-        return read_rows(source_of(context, SourceConfig(path=task.path)))[: task.limit]
+        rows = [row for path in task.path for row in read_rows(source_of(context, SourceConfig(path=path)))]
+        return rows[: task.limit]
 
     suite = Suite.of(
         gather_texts(context, options),
@@ -63,7 +66,7 @@ def _evaluate(context: StageContext, notes: Notes) -> list[ModelReport]:
         path = context.earlier(role)
         if path is not None:
             student = load_candidate(str(context.run.fetch(path)), dtype=dtype, device=device)
-            reports.append(suite.report(NAMES[role], student, teacher))
+            reports.append(suite.report(NAMES[role], student, teacher, beside=reports[0]))
     return reports
 
 

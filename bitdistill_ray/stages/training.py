@@ -29,12 +29,13 @@ from bitdistill_ray.config import Config
 from bitdistill_ray.data.encoder import StoredEncoder, load_encoder
 from bitdistill_ray.data.feeder import start_feeder
 from bitdistill_ray.errors import BitdistillError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.model.load import readable
 from bitdistill_ray.plan import steps
 from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.sigterm import Terminated, sigterm_calls
-from bitdistill_ray.stage_config import FinetuneStage, LossConfig, TrainStage
+from bitdistill_ray.stage_config import FinetuneStage, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
 from bitdistill_ray.stages.cluster import begun
 from bitdistill_ray.stages.corpus import corpus_of, quality_windows
@@ -80,7 +81,7 @@ def train(context: StageContext) -> StageRecord:
         output=context.path(role),
         feeder=feeder,
         monitor=monitor,
-        relation_layer=loss.relation.layer if loss.relation else None,
+        relation_layer=_relation_layer(context, loss),
         quality=quality_windows(context, encoder) if config.monitor.quality_every else {},
     )
     with ExitStack() as stack:
@@ -107,6 +108,14 @@ def train(context: StageContext) -> StageRecord:
     return context.record({role: context.path(role)}, **facts)
 
 
+def _relation_layer(context: StageContext, loss: LossConfig) -> int | None:
+    """The teacher's layer that relations are taken from: the given one, or the one that was found."""
+    if loss.relation is None:
+        return None
+    layer = loss.relation.layer
+    return layer if isinstance(layer, int) else int(context.fact("search", "layer"))
+
+
 def _teachers_folder(config: Config) -> str:
     """Where a tokenizer is before there is a student."""
     return readable(config.model.teacher, dtype=torch.float32, storage=storage_opener(config.storage))
@@ -130,7 +139,7 @@ def _fit(
             resources_per_worker=student.resources,
         ),
         run_config=RunConfig(
-            name=context.name,
+            name=context.name.replace("/", "-"),
             storage_path=records.name,
             failure_config=FailureConfig(
                 max_failures=student.max_failures, controller_failure_limit=student.max_failures

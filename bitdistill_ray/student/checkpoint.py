@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,17 @@ MORE_SPACE = "Free some space; the same command continues from the checkpoint be
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Optimiser steps that are done, the data ledger after them, and what is averaged so far (`averaging.py`)."""
+    """Optimiser steps that are done, the data ledger after them, what is averaged so far (`averaging.py`), and what the
+    steps have set by themselves (`course.py`)."""
 
     step: int
     ledger: dict[str, Any] | None
     average: dict[str, Any] | None = None
+    course: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For DeepSpeed's client state; the tensors are not copied."""
-        return {"step": self.step, "ledger": self.ledger, "average": self.average}
+        return {"step": self.step, "ledger": self.ledger, "average": self.average, "course": self.course}
 
 
 class Checkpoints:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from bitdistill_ray.config import Config
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.model.identity import ModelIdentity
 from bitdistill_ray.runs import RunFolder
-from bitdistill_ray.stage_config import LossConfig, TrainStage
+from bitdistill_ray.stage_config import TrainStage
 from bitdistill_ray.teacher.roster import Roster
 
 
@@ -53,6 +54,11 @@ class TrainJob:
     monitor: Any
     relation_layer: int | None = None
     quality: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def student_layer(self) -> int | None:
+        """The student's layer that learns relations, where it was chosen."""
+        return self.loss.relation.student_layer if self.loss.relation else None
 
     @property
     def stage(self) -> TrainStage:

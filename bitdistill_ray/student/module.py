@@ -25,7 +25,8 @@ Pass = Callable[[TokenBatch, TeacherSignals | None, Totals], tuple[Tensor, dict[
 class LossModule(nn.Module):
     """`forward(batch, signals, totals)` is the objective on one micro-batch, and its parts.
 
-    `replay`, if it is set, stands for `loss` in `forward`: the same function, made faster.
+    `replay`, if it is set, stands for `loss` in `forward`: the same function, made faster.  `relation_weight`, if it is
+    set, stands for the objective's; no buffer, which DeepSpeed would round, and changed in place, where a replay reads.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class LossModule(nn.Module):
         self.relation_layers = () if relation_layer is None else (relation_layer,)
         self._heads = (LMHead(model), teacher_head)  # in a tuple, where nn.Module does not look for submodules
         self.replay: Pass | None = None
+        self.relation_weight: Tensor | None = None
 
     @property
     def teacher_head(self) -> Callable[[Tensor], Tensor] | None:
@@ -75,5 +77,6 @@ class LossModule(nn.Module):
             segment_BT=batch.segment_BT,
             student_attention=taps[self.relation_layers[0]] if self.relation_layers else None,
             totals=totals,
+            relation_weight=self.relation_weight,
         )
         return loss.value, loss.parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitdistill_ray.loss_config import AdaptiveWeight, LossConfig, RelationConfig
 from bitdistill_ray.losses.objective import (
     GammaMode,
     Objective,
@@ -12,7 +13,6 @@ from bitdistill_ray.losses.objective import (
     Term,
     TermKind,
 )
-from bitdistill_ray.stage_config import LossConfig, RelationConfig
 
 
 def objective_of(loss: LossConfig) -> Objective:
@@ -39,10 +39,13 @@ def objective_of(loss: LossConfig) -> Objective:
 
 def _relation_term(relation: RelationConfig) -> RelationTerm:
     return RelationTerm(
-        weight=relation.weight,
+        weight=1.0 if isinstance(relation.weight, AdaptiveWeight) else relation.weight,
         form=RelationForm(relation.form),
         temperature=relation.temperature,
         relation_heads=relation.heads,
+        query=relation.query,
+        key=relation.key,
+        value=relation.value,
         causal=relation.causal,
         divide_by_heads=relation.divide_by_heads,
     )
@@ -52,7 +55,9 @@ def _gamma_mode(loss: LossConfig) -> GammaMode:
     return GammaMode(loss.gamma) if isinstance(loss.gamma, str) else GammaMode.FIXED
 
 
-def student_layer(layer: int, teacher_layers: int, student_layers: int) -> int:
-    """The student's layer that learns from the teacher's `layer`: the one at the same relative depth."""
+def student_layer(layer: int, teacher_layers: int, student_layers: int, *, chosen: int | None = None) -> int:
+    """The student's layer that learns from the teacher's `layer`: the chosen one, else that at the same depth."""
+    if chosen is not None:
+        return chosen % student_layers
     layer %= teacher_layers
     return max(0, round((layer + 1) * student_layers / teacher_layers) - 1)

@@ -17,15 +17,12 @@ ZeRO-3's shards cannot be differentiated so, and the measurement is left out the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from bitdistill_ray.core import TeacherSignals, TokenBatch
-from bitdistill_ray.losses.chunked import RELATION
-from bitdistill_ray.losses.objective import Objective
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.linear import QuantLinear, whole_parameter
 from bitdistill_ray.monitor_config import MonitorConfig
@@ -33,6 +30,7 @@ from bitdistill_ray.quant import quantize
 from bitdistill_ray.quant.report import zero_count
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.quality import QualityProbe
+from bitdistill_ray.student.term_gradients import gradient_norms, single_terms
 
 
 class CodeProbe:
@@ -67,30 +65,6 @@ class CodeProbe:
         flips, zeroed, total, newcomers = sums.tolist()
         seen_before = newcomers < self.ranks
         return (flips / total if seen_before else None), zeroed / total
-
-
-def term_gradients(
-    module: LossModule, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals
-) -> dict[str, Tensor]:
-    """The norm of each term's weighted gradient over all trained parameters on one micro-batch: fp32 scalars."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    whole, norms = module.objective, {}
-    for name, objective in single_terms(whole).items():
-        module.objective = objective
-        try:
-            value, _ = module.loss(batch, signals, totals)
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        finally:
-            module.objective = whole
-        squares = [g.float().square().sum() for g in gradients if g is not None]
-        norms[name] = torch.stack(squares).sum().sqrt()
-    return norms
-
-
-def single_terms(objective: Objective) -> dict[str, Objective]:
-    """An Objective for each term alone, with its weight, by its name in the loss's parts."""
-    alone = {term.name: replace(objective, terms=(term,), relation=None) for term in objective.terms}
-    return alone if objective.relation is None else {**alone, RELATION: replace(objective, terms=())}
 
 
 class Probes:
@@ -132,7 +106,7 @@ class Probes:
     def micro(self, batch: TokenBatch, signals: TeacherSignals | None, totals: Totals) -> None:
         """A micro-batch on the device, before the pass that trains; the first of a step may be measured."""
         if self.gradients_every and not self.norms and (self.done + 1) % self.gradients_every == 0:
-            self.norms = term_gradients(self.module, batch, signals, totals)
+            self.norms = gradient_norms(self.module, single_terms(self.module.objective), batch, signals, totals)
 
     def take(self) -> dict[str, float]:
         """A step is over: what was measured, for its row; empty on most steps.  All ranks call it together."""

@@ -37,6 +37,7 @@ from bitdistill_ray.ray_errors import user_error
 from bitdistill_ray.runs import provenance, storage_opener
 from bitdistill_ray.student.averaging import WeightAverage
 from bitdistill_ray.student.checkpoint import Checkpoints, Position
+from bitdistill_ray.student.course import Course
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.figures import Figures
 from bitdistill_ray.student.flops import Arithmetic
@@ -103,6 +104,7 @@ class Worker:
         share = job.stage.average
         self.average = WeightAverage(self.model, steps=job.steps, share=share) if share else None
         self.attempt = new_attempt(self.device)
+        self.course = Course(module, job.stage, ranks=self.ranks, device=self.device)
         self.layout = self._record(module)
         self.checkpoints = self._checkpoints()
         self.engine = start_engine(self.layout or module, stage=job.stage, student=student, steps=job.steps,
@@ -131,6 +133,7 @@ class Worker:
         )
         self.read_at = time.perf_counter()
         for step, micros in enumerate(inbox, start=position.step):
+            self.course.begin(step)
             losses, tokens = self.step(micros, inbox.signals, inbox.take_up)
             self.unread.append(self._outcome(step, losses, tokens, inbox.sequences))
             if self.average:
@@ -161,6 +164,7 @@ class Worker:
         sums: dict[str, Tensor] = {}
         for arrays, batch in zip(micros, batches, strict=True):
             signals, batch = signals_of(arrays, self.device), batch.to(self.device)
+            self.course.micro(batch, signals, shared)
             self.probes.micro(batch, signals, shared)
             value, parts = self.engine(batch, signals, shared)
             self.engine.backward(value)
@@ -176,7 +180,8 @@ class Worker:
     def _outcome(
         self, step: int, losses: Mapping[str, Tensor], tokens: Tensor, sequences: Mapping[str, Any]
     ) -> Outcome:
-        norm, scalars = self.engine.get_global_grad_norm(), {**losses, "tokens": tokens, "stop": self.stop}
+        norm = self.engine.get_global_grad_norm()
+        scalars = {**losses, **self.course.figures(), "tokens": tokens, "stop": self.stop}
         if norm is not None:
             scalars["grad_norm"] = torch.as_tensor(norm, device=self.device)
         return Outcome(step=step, sequences=sequences, figures=Figures(scalars),
@@ -230,6 +235,7 @@ class Worker:
                           attempt=self.attempt, device=self.device, long=self.layout is not None,
                           say=self._say)  # fmt: skip
         self._adopt()
+        self.course.load(position.course)
         if self.average and position.average:
             self.average.load(position.average)
         if self.rank == 0:
@@ -264,7 +270,7 @@ class Worker:
             rows = ray.get(self.job.monitor.own_rows.remote(since=step - self.job.stage.checkpoint_every))
             loss = sum(row["loss"] for row in rows) / max(1, len(rows))
         average = self.average.state() if self.average and self.rank == 0 else None  # as its weights do
-        self.checkpoints.save(self.engine, Position(step, ledger, average), loss=loss)
+        self.checkpoints.save(self.engine, Position(step, ledger, average, self.course.state()), loss=loss)
 
     def _checkpoints(self) -> Checkpoints:
         student, stage = self.job.config.student, self.job.stage
@@ -327,7 +333,8 @@ class Worker:
             teacher_head = self._teacher_head()
         if self.job.relation_layer is not None:
             teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
-            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers)
+            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers,
+                                  chosen=self.job.student_layer)  # fmt: skip
         tapped = () if layer is None else (layer,)
         length, zero = self.job.config.data.sequence_length, self.job.config.student.zero
         self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=tapped)

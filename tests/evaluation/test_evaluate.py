@@ -126,7 +126,10 @@ def test_a_task_from_yaml(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "task.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     reports = run(models, "--max-tokens", "32", "--task", tmp_path / "task.yaml", names=("packed",))
     assert reports["teacher (first)"]["metrics"]["accuracy:liking"]["value"] == 1
-    assert 0 <= reports["packed"]["metrics"]["accuracy:liking"]["value"] <= 1
+    found = reports["packed"]["metrics"]
+    assert 0 <= found["accuracy:liking"]["value"] <= 1
+    assert found["accuracy_gap:liking"]["value"] == pytest.approx(found["accuracy:liking"]["value"] - 1)
+    assert found["agreement:liking"]["value"] == found["accuracy:liking"]["value"]  # the teacher predicts every label
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from bitdistill_ray.core import Format, QuantSpec
 from bitdistill_ray.evaluate import main
 from bitdistill_ray.evaluate_config import TaskConfig
 from bitdistill_ray.evaluation.harness import metrics_of
-from bitdistill_ray.evaluation.tasks import accuracy
+from bitdistill_ray.evaluation.metric import ModelReport
+from bitdistill_ray.evaluation.tasks import measure_task
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.student import save_student
 from bitdistill_ray.model.surgery import quantize_linears
@@ -67,7 +68,10 @@ def test_the_harness_and_our_label_scoring_agree(
     task = TaskConfig(name="own", path="-", template="{prompt}", labels=tuple(f" {words}" for words in WORDS))
     packed, tokenizer = load_packed_model(tmp_path / "packed", kernels=False)
     plain, _ = load_model(teacher, dtype=torch.float32)
-    own = [accuracy(model, tokenizer, ROWS, task).value for model in (plain, packed)]
+    own = []
+    for model in (plain, packed):
+        measure_task(model, tokenizer, ROWS, task, report := ModelReport("m", 16.0, 1, 1))
+        own.append(report.metrics["accuracy:own"].value)
     metrics = [model["metrics"]["acc:sea_or_bird"] for model in found]
     assert [metric["value"] for metric in metrics] == pytest.approx(own)
     assert 0 < own[0] < 1

@@ -12,7 +12,8 @@ import yaml
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluate import main
 from bitdistill_ray.evaluate_config import WritingConfig
-from bitdistill_ray.evaluation.writing import measure_writing, prompt_ids, scores, write
+from bitdistill_ray.evaluation.metric import ModelReport
+from bitdistill_ray.evaluation.writing import bleu, measure_writing, prompt_ids, rouge, write
 from tests.tiny_models import SENTENCES, save_tiny, tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -45,24 +46,24 @@ def test_a_long_prompt_loses_the_end_of_its_longest_column(most: int, article: s
     assert text.endswith("In short:")
     with pytest.raises(DataError, match=r"tokens without its longest column\. Raise max_prompt_tokens"):
         prompt_ids(tokenizer, row, task.model_copy(update={"max_prompt_tokens": 2}))
-    with pytest.raises(DataError, match=r"writing\.cnn\.template: names the column 'story'"):
+    with pytest.raises(DataError, match=r"writing\.cnn\.template: no column 'story', which the template names"):
         prompt_ids(tokenizer, row, task.model_copy(update={"template": "{story}"}))
 
 
 def test_scores_are_percentages_with_intervals_around_them() -> None:
     references = ["the cats sat on the mat", "it rained for two days in the north", "a bird sang"] * 4
-    same = scores(references, references)
-    assert {name: metric.value for name, metric in same.items()} == pytest.approx(
-        {"rouge1": 100, "rouge2": 100, "rougeL": 100, "rougeLsum": 100, "bleu": 100})  # fmt: skip
-    found = scores(["the cat sat", "a bird\nthe sea"] * 6, ["the cat sat on the mat", "the sea\na bird"] * 6)
-    assert {name: metric.value for name, metric in found.items() if name != "bleu"} == pytest.approx({
+    assert {name: values.mean() for name, values in rouge(references, references).items()} == pytest.approx(
+        {"rouge1": 100, "rouge2": 100, "rougeL": 100, "rougeLsum": 100})  # fmt: skip
+    assert bleu(references, references).value == pytest.approx(100)
+    texts = ["the cat sat", "a bird\nthe sea"] * 6, ["the cat sat on the mat", "the sea\na bird"] * 6
+    assert {name: values.mean() for name, values in rouge(*texts).items()} == pytest.approx({
         "rouge1": 100 * (2 / 3 + 1) / 2,  # precision 1, recall 3 / 6; the same words
         "rouge2": 100 * (4 / 7 + 2 / 3) / 2,  # 2 of 2 and 2 of 5 pairs; 2 of 3 and 2 of 3, lines or not
         "rougeL": 100 * (2 / 3 + 1 / 2) / 2,  # 2 of 4 words in order
         "rougeLsum": 100 * (2 / 3 + 1) / 2,  # lines are sentences, in whatever order
     })  # fmt: skip
-    assert all(metric.low < metric.value < metric.high for name, metric in found.items() if name != "bleu")
-    assert 0 < found["bleu"].low < found["bleu"].value < found["bleu"].high < 100
+    found = bleu(*texts)
+    assert 0 < found.low < found.value < found.high < 100
 
 
 def test_it_is_measured_by_the_command_beside_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +78,8 @@ def test_it_is_measured_by_the_command_beside_the_teacher(tmp_path: Path, capsys
     names = {"rouge1:cnn", "rouge2:cnn", "rougeL:cnn", "bleu:cnn"}
     assert all(names < set(found["metrics"]) for found in models)
     assert models[0]["metrics"]["rouge1:cnn"] == models[1]["metrics"]["rouge1:cnn"]
+    gap = models[1]["metrics"]["rougeL_gap:cnn"]
+    assert (gap["value"], gap["low"], gap["high"]) == (0, 0, 0)
     assert models[0]["metrics"]["rouge1:cnn"]["protocol"].startswith("2 rows, greedy")
     (tmp_path / "task.yaml").write_text(yaml.safe_dump({**task, "reference_column": "highlights"}), encoding="utf-8")
     capsys.readouterr()
@@ -86,4 +89,4 @@ def test_it_is_measured_by_the_command_beside_the_teacher(tmp_path: Path, capsys
 
 def test_a_set_without_rows_is_refused() -> None:
     with pytest.raises(DataError, match=r"writing\.cnn: holds no rows"):
-        measure_writing(tiny_model("llama"), tiny_tokenizer(), [], TASK)
+        measure_writing(tiny_model("llama"), tiny_tokenizer(), [], TASK, ModelReport("m", 16.0, 1, 1))

@@ -20,9 +20,12 @@ TRAIN_ONLY = ("stages.write=false", "stages.clip=false", "stages.export=false", 
 
 
 def overrides_of(root: Path) -> tuple[str, ...]:
-    """The runs that are compared: `STEPS` steps on the text in `root`, in fp32."""
+    """The runs that are compared: `STEPS` steps on the text in `root`, in fp32, with everything on that a step sets by
+    itself (the weight of relations is measured before steps 0 and 4)."""
     return (f"data={root}/corpus.jsonl", *TRAIN_ONLY, "stages.distill.tokens=1024", "stages.distill.average=0.75",
-            "student.dtype=fp32", "teacher.dtype=fp32", "student.preemption_check_every=3")  # fmt: skip
+            "stages.distill.loss.relation={weight: {every: 4}, layer: 1, heads: 4}",
+            "stages.distill.quant_warmup_steps=5", "student.dtype=fp32", "teacher.dtype=fp32",
+            "student.preemption_check_every=3")  # fmt: skip
 
 
 def refined(alone: Path, name: str) -> Path:
@@ -40,7 +43,7 @@ def rows_of(folder: Storage | Path) -> list[dict[str, Any]]:
 def same_rows(folder: Storage | Path, other: Path) -> None:
     """Equal in step, sequence ids, loss and its parts, learning rate and gradient norm, all to the last bit."""
     a, b = rows_of(folder), rows_of(other)
-    parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "forward_kl", "relation")))
+    parts = sorted(key for key in b[0] if key.startswith(("cakld", "ce", "relation", "quant")))
     assert [row["step"] for row in a] == list(range(STEPS))
     assert [{k: row[k] for k in (*SAME, *parts)} for row in a] == [{k: row[k] for k in (*SAME, *parts)} for row in b]
 

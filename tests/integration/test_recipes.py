@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitdistill_ray import recipe
+from bitdistill_ray import recipe, sweep
 from bitdistill_ray.config import Config
 from bitdistill_ray.stage_config import TrainStage
 from bitdistill_ray.train import run
@@ -20,6 +20,8 @@ SCALE = {
     "bitdistiller-nf3-llama2-7b": "llama-untied",
     "bitdistiller-int2-qwen3-8b": "qwen3-untied",
     "bitdistill-ternary-qwen3-0.6b": "qwen3",
+    "bitdistill-ternary-qwen3-1.7b": "qwen3",
+    "bitdistill-ternary-qwen3-4b": "qwen3",
 }
 SMALL = {
     "quant.group_size": 16,
@@ -85,3 +87,25 @@ def test_a_large_recipe_goes_through_at_small_size(name: str, tmp_path: Path) ->
     assert list(summary["stages"]) == list(config.stages)
     trained = next(m for m in summary["stages"]["evaluate"]["evaluation"] if m["name"] == "trained")
     assert 0 < trained["metrics"]["kl:excerpt"]["value"] < 10
+
+
+def test_the_table_of_a_task_makes_its_rows_at_small_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From continued training to three seeds of students and the 16-bit models that they are compared with."""
+    (tmp_path / "corpus.txt").write_text("the cat sat on the mat and looked at the rain\n" * 80)
+    rows = [{"sentence": f"the cat number {n} sat", "label": n % 2} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train = {"tokens": 256, "batch_sequences": 4, "checkpoint_every": 100}
+    overrides = [f"stages.{stage}.{key}={value}" for stage in ("pretrain", "finetune", "distill")
+                 for key, value in train.items()]  # fmt: skip
+    small_ones = [f"{key}={value}" for key, value in SMALL.items()
+                  if key.startswith(("data.", "student.", "stages.refine.", "stages.evaluate.", "monitor."))
+                  and key != "student.workers"]  # fmt: skip
+    task = f"task: sst2, path: {tmp_path}/rows.jsonl"
+    arguments = ["ternary-sst2", "--rows", "distilled", "--run", f"{tmp_path}/table", f"data={tmp_path}/corpus.txt",
+                 f"data.task={{{task}}}", f"stages.evaluate.tasks={{{task}}}", "teacher.gpus=0",
+                 f"model.teacher={save_tiny(tmp_path / 'teacher', 'llama')}", *small_ones, *overrides,
+                 "stages.distill.loss.relation={weight: adaptive, heads: 8, layer: 1}"]  # fmt: skip
+    assert sweep.main(arguments) == 0
+    _, means = capsys.readouterr().out.split("| runs |")
+    lines = [line.strip("| ").split(" | ") for line in means.splitlines() if "accuracy" in line]
+    assert [cells[:2] for cells in lines] == [["stage2", "1"], ["fp16", "3"], ["distilled", "3"]]

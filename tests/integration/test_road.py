@@ -97,13 +97,16 @@ LARGER = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8, "
 def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger: dict[str, int] | None) -> None:
     """BitNet Distillation on other families: SubLN, continued training, LD and AD.
 
-    One student takes all of the road and learns from a wider and deeper teacher (layers mapped by depth, heads by
-    `relation.heads`), the other only distils, from its own model, whose logits are soft-capped.
+    One student takes all of the road, a task of labels at its end, and learns from a wider and deeper teacher (layers
+    mapped by depth and searched, heads by `relation.heads`, their weight by gradients); the other only distils, from
+    its own model, whose logits are soft-capped.
     """
-    corpus = tmp_path / "corpus.txt"
+    corpus, rows = tmp_path / "corpus.txt", tmp_path / "task.jsonl"
     corpus.write_text("the cat sat on the mat and looked at the rain\n" * 80)
-    train = {"tokens": 256, "batch_sequences": 4}
-    relation = {"weight": 60, "heads": 4}
+    rows.write_text("\n".join(json.dumps({"words": f"the cat number {n}", "label": n % 2}) for n in range(80)))
+    task = {"path": str(rows), "template": "{words} is", "labels": [" brown", " at sea"]}
+    train = {"tokens": 256, "batch_sequences": 4, **({"sources": "task"} if larger else {})}
+    relation = {"weight": "adaptive" if larger else 60, "heads": 4, "layer": "search" if larger else -1}
     task_loss = {"ce": 1, "forward_kl": 10, "temperature": 5, "temperature_squared": True, "relation": relation}
     config = recipe.check(
         {
@@ -113,7 +116,7 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger
                 "student": str(save_tiny(tmp_path / "student", case)) if larger else None,
             },
             "quant": {"format": "ternary", "granularity": "tensor", "group_size": None, "activation_bits": 8},
-            "data": {"sources": str(corpus), "sequence_length": 32},
+            "data": {"sources": str(corpus), "sequence_length": 32, "task": task},
             "student": {"micro_batch": 2, "threads": 1, "zero": 2},
             "teacher": {"threads": 1},
             "stages": {
@@ -121,19 +124,36 @@ def test_ternary_road_with_subln_and_relations(tmp_path: Path, case: str, larger
                 "refine": {"subln": "all"},
                 "awq": {"steps": 4},
                 "gptq": {"quantised_inputs": True},
-                "pretrain": {**train, "loss": {"forward_kl": 1}} if larger else False,
+                "pretrain": {"tokens": 256, "batch_sequences": 4, "quant_warmup_steps": 1, "loss": {"forward_kl": 1}}
+                if larger
+                else False,
+                "search": {"layers": [0, -1], "tokens": 128} if larger else False,
                 "distill": {**train, "loss": task_loss},
                 "export": {},
-                "evaluate": {"context": 32, "max_tokens": 128},
+                "evaluate": {"context": 32, "max_tokens": 128, "tasks": {"name": "t", **task}},
             },
         }
     )
     run(config)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if row["stage"] == "distill"][-1]
+    steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [row for row in steps if row["stage"] == "distill"][-1]
     assert {"ce", "forward_kl@5", "relation"} <= set(last)
     assert last["relation"] > 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())["stages"]
     assert summary["awq"]["error_left"] <= 1
     assert summary["gptq"]["error_left"] < 1
     assert PackedFolder.open(tmp_path / "run/stages/export/packed").manifest.subln
+    trained = next(m for m in summary["evaluate"]["evaluation"] if m["name"] == "trained")["metrics"]
+    assert {"accuracy:t", "accuracy_gap:t", "agreement:t"} <= trained.keys()
+    scored = json.loads((tmp_path / "run/evaluation-rows.json").read_text())["accuracy:t"]
+    assert np.mean(scored["trained"]) == pytest.approx(trained["accuracy:t"]["value"])
+    assert len(scored["teacher"]) == 80
+    if larger:
+        assert [row["quant_strength"] for row in steps if row["stage"] == "pretrain"] == [0, 1]
+        assert last["relation_weight"] > 0
+        trials = {layer: [r for r in steps if r["stage"] == f"search/layer-{layer}"] for layer in (0, -1)}
+        found = {layer: trial[-1]["ce"] for layer, trial in trials.items()}
+        assert [len(trial) for trial in trials.values()] == [1, 1]
+        assert trials[0][0]["sequence_digest"] == trials[-1][0]["sequence_digest"]
+        assert summary["search"]["layer"] == min(found, key=lambda layer: found[layer])
+        assert not (tmp_path / "run/stages/search/layer-0/student").exists()

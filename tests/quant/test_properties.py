@@ -168,3 +168,30 @@ def test_gradients_are_finite_and_have_the_dtype_of_what_they_belong_to(w: Tenso
             assert tensor.grad is not None
             assert tensor.grad.dtype is w.dtype
             assert bool(tensor.grad.isfinite().all())
+
+
+@given(weights(), specs(), st.integers(0, 2**32 - 1), st.floats(0, 1, width=32))
+@quick
+def test_part_of_the_quantisation_is_that_part_of_values_and_gradients(
+    w: Tensor, spec: QuantSpec, seed: int, strength: float
+) -> None:
+    """w + s (Q(w) - w), its ends bit for bit, against the mixture that autograd makes."""
+    torch.manual_seed(seed)
+    w, g = w.requires_grad_(), torch.randn(w.shape).to(w.dtype)
+    alpha = alpha_of(w.detach(), spec)
+    inputs = [w] if alpha is None else [w, alpha.requires_grad_()]
+    whole = fake_quantize(w, spec, alpha=alpha)
+    ends = [fake_quantize(w, spec, alpha=alpha, strength=torch.tensor(end)) for end in (0.0, 1.0)]
+    assert torch.equal(ends[0], w)
+    assert torch.equal(ends[1], whole)
+    found = fake_quantize(w, spec, alpha=alpha, strength=torch.tensor(strength))
+    expected = w.float() + strength * (whole.float() - w.float())
+    near = {"rtol": 2e-2, "atol": 1e-3} if w.dtype is torch.bfloat16 else {"rtol": 1e-3, "atol": 1e-5}
+    torch.testing.assert_close(found.float(), expected, **near)
+    gradients = [
+        torch.autograd.grad(y, inputs, g.to(y.dtype), allow_unused=True) for y in (found, expected.to(w.dtype))
+    ]
+    for grad, mixed in zip(*gradients, strict=True):
+        assert grad.dtype is mixed.dtype
+        scale = float(mixed.abs().max()) + 1e-6
+        torch.testing.assert_close(grad.float(), mixed.float(), rtol=5e-2, atol=2e-2 * scale)

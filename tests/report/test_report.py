@@ -194,6 +194,9 @@ def test_histograms_count_the_weights_in_units_of_their_scale(whole: RunFolder) 
         torch.cat(relative).clamp(-found.reach, found.reach), len(found.before), -found.reach, found.reach
     )
     assert found.levels == (-1.0, 0.0, 1.0)
+    assert found.cuts == (-0.5, 0.5)
+    near = ((torch.cat(relative).abs() - 0.5).abs() <= 0.1).float().mean().item()
+    assert found.near(found.cuts, 0.1, found.before) == pytest.approx(near, abs=0.05)  # of whole bins
     assert found.weights == counted.sum()
     assert (counted / counted.sum() - torch.tensor(found.before)).abs().max() < 2e-3
     assert sum(found.after) == pytest.approx(1.0)

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.core import Format, QuantSpec, TeacherSignals, TokenBatch
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
-from bitdistill_ray.stage_config import DistillStage, LossConfig
+from bitdistill_ray.stage_config import DistillStage
 from bitdistill_ray.student.engine import start_engine
 from bitdistill_ray.student.layout import MOST_WEIGHTS, LongParameters, OwnParameters, can_lay_out
 from bitdistill_ray.student.module import LossModule

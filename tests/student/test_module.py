@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bitdistill_ray.core import Format, QuantSpec, TeacherSignals
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
-from bitdistill_ray.stage_config import LossConfig
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
 from tests.tiny_models import EVERY_CASE, packed_batch, tiny_model

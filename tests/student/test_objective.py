@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.objective import GammaMode, Reduction, RelationForm, RelationTerm, Scope, Term, TermKind
-from bitdistill_ray.stage_config import LossConfig
 from bitdistill_ray.student.objective import objective_of, student_layer
 
 
@@ -71,13 +71,22 @@ def test_relations_alone_are_an_objective() -> None:
                 "temperature": 2,
                 "divide_by_heads": False,
                 "causal": True,
+                "key": 0,
+                "value": 2,
             }
         }
     )
     objective = objective_of(loss)
     assert objective.terms == ()
     assert objective.relation == RelationTerm(
-        weight=60, form=RelationForm.SCALED_DOT, relation_heads=8, temperature=2, divide_by_heads=False, causal=True
+        weight=60,
+        form=RelationForm.SCALED_DOT,
+        relation_heads=8,
+        temperature=2,
+        divide_by_heads=False,
+        causal=True,
+        key=0,
+        value=2,
     )
 
 
@@ -95,4 +104,5 @@ def test_models_of_one_depth_learn_layer_by_layer(layers: int) -> None:
 def test_other_depths_learn_from_the_same_relative_depth() -> None:
     assert [student_layer(i, 4, 2) for i in (1, 3)] == [0, 1]
     assert [student_layer(i, 2, 4) for i in (0, 1)] == [1, 3]
+    assert [student_layer(22, 36, 28, chosen=chosen) for chosen in (27, -1, 0)] == [27, 27, 0]
     assert student_layer(-8, 36, 28) == 22  # the 29th of 36 lies at 22.6 of 28: the 23rd, counted from 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitdistill_ray.core import Format, QuantSpec, TeacherSignals
+from bitdistill_ray.loss_config import LossConfig, RelationConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
@@ -14,10 +15,10 @@ from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.quant import dequantize, quantize
-from bitdistill_ray.stage_config import LossConfig, RelationConfig
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
-from bitdistill_ray.student.probes import CodeProbe, Probes, term_gradients
+from bitdistill_ray.student.probes import CodeProbe, Probes
+from bitdistill_ray.student.term_gradients import gradient_norms, single_terms
 from tests.tiny_models import packed_batch, tiny_model
 
 BATCH = packed_batch([[9, 5], [12]], 16)
@@ -64,7 +65,7 @@ def test_flips_and_zeros_are_counted_over_all_linears() -> None:
 def test_a_terms_norm_is_that_of_its_weighted_gradient_alone_and_training_is_left_alone() -> None:
     module = module_of(LOSS)
     objective = module.objective
-    found = term_gradients(module, BATCH, signals(), TOTALS)
+    found = gradient_norms(module, single_terms(objective), BATCH, signals(), TOTALS)
     assert module.objective is objective
     assert all(p.grad is None for p in module.parameters())
     for name, alone in (("ce", LossConfig(ce=0.5)), ("relation", LossConfig(relation=LOSS.relation))):

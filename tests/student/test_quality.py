@@ -12,9 +12,9 @@ from bitdistill_ray.core import Format, QuantSpec
 from bitdistill_ray.data.batch import token_batch
 from bitdistill_ray.errors import DataError
 from bitdistill_ray.evaluation.language import measure
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
-from bitdistill_ray.stage_config import LossConfig
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.quality import PADDING, AskedTeacher, QualityProbe, cut, shared

@@ -11,13 +11,15 @@ from torch import nn
 from bitdistill_ray.config import StudentConfig
 from bitdistill_ray.core import AttentionStates, Format, QuantSpec, TeacherSignals, TokenBatch, TopK
 from bitdistill_ray.errors import ModelError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.acceleration import accelerate
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
-from bitdistill_ray.stage_config import LossConfig
+from bitdistill_ray.stage_config import DistillStage
+from bitdistill_ray.student.course import Course
 from bitdistill_ray.student.layout import LongParameters, OwnParameters
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
@@ -35,6 +37,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "per-token": {"cakld": 1.0, "gamma": "per-token"},
     "jsd": {"jsd": 1.0},
     "relation": {"forward_kl": 1.0, "relation": {"weight": 1.0, "layer": 0, "heads": 4}},
+    "course": {"ce": 1.0, "relation": {"weight": {"every": 2}, "layer": 0, "heads": 4}},
 }
 
 
@@ -87,6 +90,13 @@ def student_on_gpu(case: str, loss: dict[str, Any]) -> tuple[LossModule, nn.Modu
     return module, teacher
 
 
+def course_of(module: LossModule, loss: dict[str, Any]) -> Course:
+    """With a quantisation that begins little by little, where the weight of relations is adaptive."""
+    adaptive = isinstance(loss.get("relation", {}).get("weight"), dict)
+    stage = DistillStage(loss=LossConfig.model_validate(loss), quant_warmup_steps=2 if adaptive else 0)
+    return Course(module, stage, ranks=1, device=GPU)
+
+
 @torch.no_grad()
 def said(teacher: nn.Module, batch: TokenBatch) -> TeacherSignals:
     with attention_taps(teacher, (0,)) as taps:
@@ -103,10 +113,12 @@ def test_a_replay_gives_loss_and_gradients_of_the_pass(case: str, loss: str, *, 
     torch._dynamo.reset()
     module, teacher = student_on_gpu(case, LOSSES[loss])
     layout = LongParameters(module, GPU) if long else OwnParameters(module)
-    recording = Recording(module, layout)
-    for batch in BATCHES:
+    recording, course = Recording(module, layout), course_of(module, LOSSES[loss])
+    for step, batch in enumerate(BATCHES):
         batch = batch.to(GPU)
         signals, totals = said(teacher, batch), Totals.count(batch.labels_BT, batch.segment_BT)
+        course.begin(step)  # what it changes, the recording reads where it is
+        course.micro(batch, signals, totals)
         found = []
         for run in (recording, module.loss):
             leaves = layout.leaves() if run is recording else list(module.parameters())
