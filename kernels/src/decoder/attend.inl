@@ -131,16 +131,18 @@ void attend_rows(const AttentionTile& tile, int row) {
     sum_values<Cache, kRows, 1>(tile, row, base, first, end, column, inverse);
 }
 
-template <typename Cache>
-void attend_cache(const AttentionTile& tile) {
-  int row = 0;
-  for (; row + Vec::kMaxRows <= tile.rows; row += Vec::kMaxRows) attend_rows<Cache, Vec::kMaxRows>(tile, row);
-  for (; row < tile.rows; ++row) attend_rows<Cache, 1>(tile, row);
+// As many rows at a time as registers hold: they share each load of a key or value.
+template <typename Cache, int kRows>
+void attend_most(const AttentionTile& tile, int row) {
+  if constexpr (kRows > 1)
+    if (tile.rows - row < kRows) return attend_most<Cache, kRows - 1>(tile, row);
+  attend_rows<Cache, kRows>(tile, row);
+  if (row + kRows < tile.rows) attend_most<Cache, kRows>(tile, row + kRows);
 }
 
 void attend(const AttentionTile& tile) {
-  if (tile.cache.type == BDK_CACHE_INT8) return attend_cache<Int8Cache>(tile);
-  attend_cache<HalfCache>(tile);
+  if (tile.cache.type == BDK_CACHE_INT8) return attend_most<Int8Cache, Vec::kMaxRows>(tile, 0);
+  attend_most<HalfCache, Vec::kMaxRows>(tile, 0);
 }
 
 }  // namespace
