@@ -20,7 +20,8 @@ from bitdistill_ray.bench.report import Row, Unit
 from bitdistill_ray.bench.timing import Function, seconds_per_call
 from bitdistill_ray.core import Format, Granularity, PackedWeight, QuantSpec
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.packed.linear import PackedLinear, kernel_weight
+from bitdistill_ray.packed.linear import PackedLinear
+from bitdistill_ray.packed.module import kernel_weight
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import initial_alpha, quantize
 

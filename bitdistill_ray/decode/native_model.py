@@ -20,6 +20,7 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.families import Family, family_of, head_size
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.linear import QuantLinear
+from bitdistill_ray.packed.embedding import PackedEmbedding
 from bitdistill_ray.packed.linear import PackedLinear
 
 ACTIVATIONS = {"silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TANH}
@@ -52,7 +53,7 @@ def native_model(
             )
             for layer, kind in zip(layers, kinds, strict=True)
         ],
-        embedding=packed_head if packed_head and config.tie_word_embeddings else _on_cpu(embedding.weight),
+        embedding=packed_head if packed_head and config.tie_word_embeddings else _table(embedding, head.linear),
         head=reader.linear(head.linear) if packed_head is None else _head(packed_head),
         last_norm=reader.gain(model.base_model.norm),
         angles=[_angles(model, kind, positions) for kind in tables],
@@ -123,6 +124,14 @@ class _Reader:
     def gain(self, norm: Any) -> Tensor:
         gain: Tensor = norm.weight.detach().float() + self.family.gain_offset
         return gain
+
+
+def _table(embedding: Any, head: Any) -> Weight | Tensor:
+    """The embedding's table; one that is packed and tied is not repacked a second time."""
+    if not isinstance(embedding, PackedEmbedding):
+        return _on_cpu(embedding.weight)
+    tied = isinstance(head, PackedLinear) and head.packed is embedding.packed
+    return head.repacked() if tied else embedding.repacked()
 
 
 def _head(weight: Weight) -> Linear:

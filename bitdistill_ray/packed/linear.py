@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdistill_kernels import Weight
-from bitdistill_ray.core import Granularity, PackedWeight
+from bitdistill_ray.core import PackedWeight
 from bitdistill_ray.packed.module import PackedModule
 from bitdistill_ray.quant import fake_quantize_activation
 
@@ -43,7 +42,6 @@ class PackedLinear(PackedModule):
         self.norm = norm
         self.kernels = kernels
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._kernel_weight: Weight | None = None
         self._dense_NK: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,42 +69,17 @@ class PackedLinear(PackedModule):
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, {self.kind()}, activation_bits={self.packed.spec.activation_bits}"
 
-    def repacked(self) -> Weight:
-        """The compiled kernels' copy of the weight, made at the first call.
-
-        Raises KernelError where the kernels are not built or do not support it.
-        """
-        if self._kernel_weight is None:
-            self._kernel_weight = kernel_weight(self.packed)
-        return self._kernel_weight
-
     def _multiply(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.detach().float()
         bits = self.packed.spec.activation_bits
         output: Tensor = self.repacked().matmul(input.detach().float(), bias=bias, activation_bits=bits)
         return output.to(input.dtype)
 
-    def moved(self) -> None:
+    def forget(self) -> None:
         """The kernels' copy and the dense one are made again."""
-        self._kernel_weight = self._dense_NK = None
+        super().forget()
+        self._dense_NK = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles carry the canonical bytes and repack them when they are first used."""
-        return {**self.__dict__, "_kernel_weight": None, "_dense_NK": None}
-
-
-def kernel_weight(packed: PackedWeight) -> Weight:
-    """The compiled kernels' own copy of a packed weight on the CPU.
-
-    Raises KernelError where the kernels are not built or do not support it.
-    """
-    spec = packed.spec
-    return Weight.create(
-        packed.codes,
-        packed.scales,
-        packed.zeros,
-        format=spec.format.value,
-        shape=packed.shape,
-        granularity=spec.granularity.value,
-        group_size=spec.group_size if spec.granularity is Granularity.GROUP else None,
-    )
+        """Copies and pickles carry the canonical bytes and make the rest again when it is first used."""
+        return {**super().__getstate__(), "_dense_NK": None}

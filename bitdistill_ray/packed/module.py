@@ -6,12 +6,13 @@ The bytes are deliberately no buffers: `model.to(torch.bfloat16)` must not round
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from bitdistill_ray.core import PackedWeight
+from bitdistill_kernels import Weight
+from bitdistill_ray.core import Granularity, PackedWeight
 from bitdistill_ray.packed.weight import check_packed, to_device, unpack
 from bitdistill_ray.quant import dequantize
 
@@ -23,13 +24,24 @@ class PackedModule(nn.Module):
         super().__init__()
         check_packed(packed, where)
         self.packed = packed
+        self._kernel_weight: Weight | None = None
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The [N, K] matrix that the packed bytes stand for."""
         return dequantize(unpack(self.packed)).to(dtype)
 
-    def moved(self) -> None:
-        """Called when the bytes have gone to another device: what was made of them is to be forgotten."""
+    def repacked(self) -> Weight:
+        """The compiled kernels' copy of the weight, made at the first call.
+
+        Raises KernelError where the kernels are not built or do not support it.
+        """
+        if self._kernel_weight is None:
+            self._kernel_weight = kernel_weight(self.packed)
+        return self._kernel_weight
+
+    def forget(self) -> None:
+        """Called when the bytes have gone to another device: what was made of them is made again."""
+        self._kernel_weight = None
 
     def kind(self) -> str:
         """The spec in a few words, for `extra_repr`."""
@@ -41,5 +53,26 @@ class PackedModule(nn.Module):
         device = fn(torch.empty(0, device=self.packed.codes.device)).device
         if device != self.packed.codes.device:
             self.packed = to_device(self.packed, device)
-            self.moved()
+            self.forget()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry the canonical bytes and repack them when they are first used."""
+        return {**self.__dict__, "_kernel_weight": None}
+
+
+def kernel_weight(packed: PackedWeight) -> Weight:
+    """The compiled kernels' own copy of a packed weight on the CPU.
+
+    Raises KernelError where the kernels are not built or do not support it.
+    """
+    spec = packed.spec
+    return Weight.create(
+        packed.codes,
+        packed.scales,
+        packed.zeros,
+        format=spec.format.value,
+        shape=packed.shape,
+        granularity=spec.granularity.value,
+        group_size=spec.group_size if spec.granularity is Granularity.GROUP else None,
+    )

@@ -25,7 +25,8 @@ from bitdistill_ray.model import linear
 from bitdistill_ray.model.linear import QuantLinear
 from bitdistill_ray.model.surgery import SubLN, insert_subln, quantize_linears
 from bitdistill_ray.packed.linear import PackedLinear
-from bitdistill_ray.packed.model import export_packed
+from bitdistill_ray.packed.model import export_packed, load_packed_model
+from bitdistill_ray.packed.tables import HeadBits
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import fake_quantize_activation, quantize
 from tests.tiny_models import CASES, VOCAB_SIZE, tiny_model, tiny_tokenizer
@@ -202,6 +203,16 @@ def test_a_packed_head_is_the_embedding_too_where_they_are_tied(case: str, bits:
     with torch.no_grad():
         model.get_output_embeddings().weight.copy_(head.rows(torch.arange(VOCAB_SIZE)))
     assert_near(native, read_and_step(rounded_torch(model, CacheType.FP16)), most=0.1, mean=0.02)
+
+
+@pytest.mark.parametrize("bits", [HeadBits.EIGHT, HeadBits.FOUR])
+@pytest.mark.parametrize("case", ["qwen3", "qwen3-untied", "gemma3"])
+def test_exported_tables_stay_packed(case: str, bits: HeadBits, tmp_path: Path, rounded_torch: Any) -> None:
+    export_packed(student(case, ALL), tiny_tokenizer(), tmp_path / "packed", provenance={}, head_bits=bits)
+    model, _ = load_decoder(str(tmp_path / "packed"))
+    native = read_and_step(decoder_over(model, slots=1, slot_tokens=64))
+    dense, _ = load_packed_model(tmp_path / "packed", kernels=False)
+    assert_near(native, read_and_step(rounded_torch(dense, CacheType.FP16)), most=5e-2, mean=1e-3)
 
 
 @pytest.mark.parametrize("name", instruction_sets()["available"])

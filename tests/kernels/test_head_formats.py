@@ -24,7 +24,7 @@ from bitdistill_kernels import (
 )
 from bitdistill_ray.core import Format, Granularity, QuantSpec, ScaleDtype
 from bitdistill_ray.errors import KernelError
-from bitdistill_ray.packed.linear import kernel_weight
+from bitdistill_ray.packed.module import kernel_weight
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import dequantize, initial_alpha, quantize
 

@@ -24,7 +24,7 @@ from bitdistill_kernels import (
     threads,
 )
 from bitdistill_ray.core import Format, Granularity, QuantSpec, ScaleDtype
-from bitdistill_ray.packed.linear import kernel_weight
+from bitdistill_ray.packed.module import kernel_weight
 from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import QuantizedTensor, dequantize, fake_quantize_activation, initial_alpha, quantize
 from bitdistill_ray.quant import quantize_activation as quantize_activation_torch
