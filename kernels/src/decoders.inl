@@ -2,12 +2,12 @@
 //
 // A step has kQuads quads of four columns, and each gives kOutputs registers of bytes; they are summed up in
 // kSums registers, the quad q of output o in sum(q, o), and total() makes the sum of an output of them.
+
 template <int kTokens>
 struct TwoBit {
   static constexpr bool kScaled = kScalesFields && kTokens <= 2;  // no shift: field f keeps its place, worth 4^f
-  static constexpr bool kWide = kScaled;
-  static constexpr int kQuads = 4, kOutputs = 1, kSums = kScaled ? 4 : 1;
-  static constexpr int kOutput = 0;
+  static constexpr bool kWide = kScaled, kAsks = true;
+  static constexpr int kQuads = 4, kStepBytes = kPlaneBytes, kOutputs = 1, kSums = kScaled ? 4 : 1;
   BDK_INLINE explicit TwoBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
     const Bytes low = load(step + v * kVectorBytes);
@@ -42,9 +42,8 @@ BDK_INLINE Bytes index_of(const std::uint8_t* step, int quad, int v) {
 
 template <int kTokens>
 struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = false;
-  static constexpr int kQuads = 8;
-  static constexpr int kOutput = 0;
+  static constexpr bool kWide = false, kAsks = true;
+  static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   Levels levels;
   BDK_INLINE explicit ThreeBit(const TileLayout&) {
     const std::uint8_t codes[8] = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -58,9 +57,8 @@ struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = true;
-  static constexpr int kQuads = 8;
-  static constexpr int kOutput = 1;
+  static constexpr bool kWide = true, kAsks = true;
+  static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   Levels positive, negative;
   BDK_INLINE explicit NormalFloat(const TileLayout& layout)
       : positive(make_levels(layout.positive_levels)), negative(make_levels(layout.negative_levels)) {}
@@ -73,9 +71,8 @@ struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = false;
-  static constexpr int kQuads = 4;
-  static constexpr int kOutput = 0;
+  static constexpr bool kWide = false, kAsks = true;
+  static constexpr int kQuads = 4, kStepBytes = 2 * kPlaneBytes;
   BDK_INLINE explicit FourBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
     codes[0] = only(right(load(step + quad / 2 * kPlaneBytes + v * kVectorBytes), quad % 2 * 4), 15);
@@ -84,9 +81,8 @@ struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct EightBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = true;
-  static constexpr int kQuads = 4;
-  static constexpr int kOutput = 0;
+  static constexpr bool kWide = true, kAsks = false;  // nothing holds up the reading
+  static constexpr int kQuads = 4, kStepBytes = 4 * kPlaneBytes;
   BDK_INLINE explicit EightBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
     codes[0] = load(step + quad * kPlaneBytes + v * kVectorBytes);

@@ -5,6 +5,7 @@
 //   load, store, only, right        of Bytes; `only` keeps the bits of a mask in every byte, `right` shifts dwords
 //   dot<kWide>(sum, codes, four)    sum + the products of unsigned codes (up to 127, kWide: 255) and four activations
 //   three_bit_index, look_up        see layout.h; kIndexIsCode where an index needs no lookup to be a code
+//   kScalesFields                   where registers suffice for sums of codes that stay in their places
 //   kStreamTokens, kBlockTokens     tokens of a block that are multiplied while decoding, and the most of a block
 //   kGemmVectors                    registers of rows that are multiplied at a time with a block
 //
@@ -13,7 +14,7 @@
 // cache, and then all blocks pass over it with their sums in registers.
 //
 // Codes stay unsigned; the zero point is taken off once per group with the sum of the activations.  Sums are exact
-// integers, so only the order of the float operations in add_group() matters, and there is one.
+// integers, so only the order of an Adder's float operations matters, and there is one.
 
 constexpr int kVectors = kTileRows / kLanes;
 constexpr int kVectorBytes = 4 * kLanes;
@@ -34,59 +35,99 @@ BDK_INLINE Group group_of(const TileLayout& layout, const std::uint8_t* tile, st
 }
 
 // Adds the exact sums of a group to the output of one token, for the rows of one register.
-// kOutput 0: affine codes; 1 and 2: the levels of nf3's two signs.
-template <int kOutput>
-struct Adder {
-  Floats step;
-  Ints zeros;
+template <int kOutputs>
+class Adder;
 
+template <>
+class Adder<1> {  // affine codes
+ public:
   BDK_INLINE Adder(const TileLayout& layout, const Group& group, int v) {
     const int row = v * kLanes;
-    if constexpr (kOutput == 0) {
-      step = multiply(load_scales(layout, group.scales, row), broadcast(layout.integer_factor));
-      zeros = layout.zeros_offset ? nibbles(group.zeros + row % kZeroBytes, row / kZeroBytes)
-                                  : broadcast(layout.fixed_zero);
-    } else {
-      const float factor = kOutput == 1 ? layout.positive_factor : layout.negative_factor;
-      step = multiply(load_scales(layout, group.scales, (kOutput - 1) * kTileRows + row), broadcast(factor));
-    }
+    step_ = multiply(load_scales(layout, group.scales, row), broadcast(layout.integer_factor));
+    zeros_ =
+        layout.zeros_offset ? nibbles(group.zeros + row % kZeroBytes, row / kZeroBytes) : broadcast(layout.fixed_zero);
   }
 
-  BDK_INLINE void apply(const TileLayout& layout, Ints sum, std::int32_t x_sum, const float* x_scale,
+  BDK_INLINE void apply(const TileLayout& layout, const Ints (&sums)[1], std::int32_t x_sum, const float* x_scale,
                         float* out) const {
-    Ints value = sum;
-    if constexpr (kOutput == 0) value = subtract(left(sum, layout.code_shift), multiply(zeros, broadcast(x_sum)));
-    const Floats scaled = x_scale == nullptr ? step : multiply(step, broadcast(*x_scale));
-    const Floats product = multiply(scaled, to_floats(value));
-    store(out, kOutput == 2 ? subtract(load(out), product) : add(load(out), product));
+    const Ints value = subtract(left(sums[0], layout.code_shift), multiply(zeros_, broadcast(x_sum)));
+    const Floats step = x_scale == nullptr ? step_ : multiply(step_, broadcast(*x_scale));
+    store(out, add(load(out), multiply(step, to_floats(value))));
   }
+
+ private:
+  Floats step_;
+  Ints zeros_;
+};
+
+template <>
+class Adder<2> {  // nf3's two signs
+ public:
+  BDK_INLINE Adder(const TileLayout& layout, const Group& group, int v) {
+    const int row = v * kLanes;
+    positive_ = multiply(load_scales(layout, group.scales, row), broadcast(layout.positive_factor));
+    negative_ = multiply(load_scales(layout, group.scales, kTileRows + row), broadcast(layout.negative_factor));
+  }
+
+  BDK_INLINE void apply(const TileLayout&, const Ints (&sums)[2], std::int32_t, const float* x_scale,
+                        float* out) const {
+    Floats positive = positive_, negative = negative_;
+    if (x_scale != nullptr) {
+      positive = multiply(positive, broadcast(*x_scale));
+      negative = multiply(negative, broadcast(*x_scale));
+    }
+    const Floats more = add(load(out), multiply(positive, to_floats(sums[0])));
+    store(out, subtract(more, multiply(negative, to_floats(sums[1]))));
+  }
+
+ private:
+  Floats positive_, negative_;
 };
 
 #include "decoders.inl"
 
-// Asks for the memory that a stream will need when `bytes` more have been read; advances by as much.
-BDK_INLINE void ask_ahead(const std::uint8_t** ahead, std::int32_t bytes) {
-  if (kAheadBytes)
-    for (std::int32_t line = 0; line < bytes; line += 64) prefetch(*ahead + line);
-  *ahead += bytes;
-}
+// Asks for the memory that a stream will need when kAheadBytes more of its codes have been read.  A tile is asked for
+// in step with what is read of its codes, and its header in as many parts as it has groups: all at once would fill the
+// queue.
+class Ahead {
+ public:
+  BDK_INLINE Ahead(const TileLayout& layout, const std::uint8_t* tile)
+      : at_(tile + layout.steps_offset + kAheadBytes), header_bytes_(layout.steps_offset / layout.groups) {}
+
+  BDK_INLINE void group() {
+    BDK_NO_UNROLL_LOOP
+    for (std::int32_t line = 0; line < header_bytes_; line += 64) prefetch(at_ + line);
+    at_ += header_bytes_;
+  }
+
+  template <int kBytes>
+  BDK_INLINE void step() {
+    BDK_UNROLL
+    for (int line = 0; line < kBytes; line += 64) prefetch(at_ + line);
+    at_ += kBytes;
+  }
+
+ private:
+  const std::uint8_t* at_;
+  std::int32_t header_bytes_;
+};
 
 template <template <int> class Coder, int kTokens>
 void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {
   using Decoder = Coder<kTokens>;
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  const std::uint8_t* ahead = tile + kAheadBytes;
+  Ahead ahead(layout, tile);
   const std::int8_t* values = x.values;
-  ask_ahead(&ahead, layout.steps_offset);
   for (std::int32_t index = 0; index < layout.groups; ++index) {
+    ahead.group();
     Ints sums[kTokens][Decoder::kSums][kVectors];
     BDK_UNROLL
     for (int t = 0; t < kTokens; ++t) BDK_UNROLL
     for (int s = 0; s < Decoder::kSums; ++s) BDK_UNROLL
     for (int v = 0; v < kVectors; ++v) sums[t][s][v] = broadcast(0);
     for (std::int32_t step = layout.steps_of(index); step > 0; --step) {
-      ask_ahead(&ahead, layout.step_bytes);
+      if (Decoder::kAsks) ahead.template step<Decoder::kStepBytes>();
       BDK_UNROLL
       for (int quad = 0; quad < Decoder::kQuads; ++quad) {
         Bytes codes[kVectors][kMostOutputs];
@@ -103,22 +144,21 @@ void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
           }
         }
       }
-      at += layout.step_bytes;
+      at += Decoder::kStepBytes;
       values += 4 * Decoder::kQuads * kTokens;
     }
     const Group group = group_of(layout, tile, index);
     BDK_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const Adder<Decoder::kOutput> first(layout, group, v);
-      const Adder<2> second(layout, group, v);  // nf3's
+      const Adder<Decoder::kOutputs> adder(layout, group, v);
       BDK_UNROLL
       for (int t = 0; t < kTokens; ++t) {
         const std::int64_t place = t * static_cast<std::int64_t>(x.groups) + index;
-        const float* x_scale = x.group_scales == nullptr ? nullptr : x.group_scales + place;
-        float* to = out + t * kTileRows + v * kLanes;
-        first.apply(layout, Decoder::total(sums[t], 0, v), x.sums[place], x_scale, to);
-        if constexpr (Decoder::kOutputs == 2)
-          second.apply(layout, Decoder::total(sums[t], 1, v), x.sums[place], x_scale, to);
+        Ints totals[Decoder::kOutputs];
+        BDK_UNROLL
+        for (int o = 0; o < Decoder::kOutputs; ++o) totals[o] = Decoder::total(sums[t], o, v);
+        adder.apply(layout, totals, x.sums[place], x.group_scales == nullptr ? nullptr : x.group_scales + place,
+                    out + t * kTileRows + v * kLanes);
       }
     }
   }
@@ -126,11 +166,11 @@ void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
 
 // One block of tokens over one panel.
 struct Pass {
-  const std::uint8_t* panel;
+  const std::uint8_t* panel;  // kPanelBytes for each output
   std::int32_t quads;
   const std::int8_t* values;
   bool first, last;       // panel of the group: sums begin, and are added to the output
-  std::int32_t* carried;  // sums between panels, [kTokens][32]
+  std::int32_t* carried;  // sums between panels: [tokens][outputs][32]
   Group group;
   const std::int32_t* x_sums;
   const float* x_scales;
@@ -138,62 +178,79 @@ struct Pass {
   float* out;
 };
 
-template <int kTokens, int kOutput, bool kWide>
-void multiply_block(const TileLayout& layout, const Pass& pass) {
+// Tokens [from, from + kTokens) of a block of kWidth.
+template <int kWidth, int kTokens, int kOutputs, bool kWide>
+BDK_INLINE void multiply_tokens(const TileLayout& layout, const Pass& pass, int from) {
   BDK_NO_UNROLL_LOOP
-  for (int from = 0; from < kVectors; from += kGemmVectors) {
-    Ints sums[kTokens][kGemmVectors];
+  for (int rows = 0; rows < kVectors; rows += kGemmVectors) {
+    Ints sums[kTokens][kOutputs][kGemmVectors];
+    std::int32_t* carried = pass.carried + from * kOutputs * kTileRows + rows * kLanes;
     BDK_UNROLL
     for (int t = 0; t < kTokens; ++t) BDK_UNROLL
+    for (int o = 0; o < kOutputs; ++o) BDK_UNROLL
     for (int v = 0; v < kGemmVectors; ++v)
-      sums[t][v] = pass.first ? broadcast(0) : load(pass.carried + t * kTileRows + (from + v) * kLanes);
-    const std::uint8_t* panel = pass.panel + from * kVectorBytes;
-    const std::int8_t* values = pass.values;
+      sums[t][o][v] = pass.first ? broadcast(0) : load(carried + (t * kOutputs + o) * kTileRows + v * kLanes);
+    const std::uint8_t* panel = pass.panel + rows * kVectorBytes;
+    const std::int8_t* values = pass.values + 4 * from;
     BDK_NO_UNROLL_LOOP
     for (std::int32_t quad = pass.quads; quad > 0; --quad) {
-      Bytes codes[kGemmVectors];
+      Bytes codes[kOutputs][kGemmVectors];
       BDK_UNROLL
-      for (int v = 0; v < kGemmVectors; ++v) codes[v] = load(panel + v * kVectorBytes);
+      for (int o = 0; o < kOutputs; ++o) BDK_UNROLL
+      for (int v = 0; v < kGemmVectors; ++v) codes[o][v] = load(panel + o * kPanelBytes + v * kVectorBytes);
       BDK_UNROLL
       for (int t = 0; t < kTokens; ++t) {
         const Bytes four = broadcast4(values + 4 * t);
         BDK_UNROLL
-        for (int v = 0; v < kGemmVectors; ++v) sums[t][v] = dot<kWide>(sums[t][v], codes[v], four);
+        for (int o = 0; o < kOutputs; ++o) BDK_UNROLL
+        for (int v = 0; v < kGemmVectors; ++v) sums[t][o][v] = dot<kWide>(sums[t][o][v], codes[o][v], four);
       }
       panel += kPlaneBytes;
-      values += 4 * kTokens;
+      values += 4 * kWidth;
     }
     if (!pass.last) {
       BDK_UNROLL
       for (int t = 0; t < kTokens; ++t) BDK_UNROLL
-      for (int v = 0; v < kGemmVectors; ++v) store(pass.carried + t * kTileRows + (from + v) * kLanes, sums[t][v]);
+      for (int o = 0; o < kOutputs; ++o) BDK_UNROLL
+      for (int v = 0; v < kGemmVectors; ++v)
+        store(carried + (t * kOutputs + o) * kTileRows + v * kLanes, sums[t][o][v]);
       continue;
     }
     BDK_UNROLL
     for (int v = 0; v < kGemmVectors; ++v) {
-      const Adder<kOutput> adder(layout, pass.group, from + v);
+      const Adder<kOutputs> adder(layout, pass.group, rows + v);
       BDK_UNROLL
-      for (int t = 0; t < kTokens; ++t)
-        adder.apply(layout, sums[t][v], pass.x_sums[t * static_cast<std::int64_t>(pass.groups)],
-                    pass.x_scales == nullptr ? nullptr : pass.x_scales + t * static_cast<std::int64_t>(pass.groups),
-                    pass.out + t * kTileRows + (from + v) * kLanes);
+      for (int t = 0; t < kTokens; ++t) {
+        const std::int64_t place = (from + t) * static_cast<std::int64_t>(pass.groups);
+        Ints totals[kOutputs];
+        BDK_UNROLL
+        for (int o = 0; o < kOutputs; ++o) totals[o] = sums[t][o][v];
+        adder.apply(layout, totals, pass.x_sums[place], pass.x_scales == nullptr ? nullptr : pass.x_scales + place,
+                    pass.out + (from + t) * kTileRows + (rows + v) * kLanes);
+      }
     }
   }
 }
 
+template <int kWidth, int kOutputs, bool kWide>
+void multiply_block(const TileLayout& layout, const Pass& pass) {
+  constexpr int kFirst = (kWidth + kOutputs - 1) / kOutputs;  // tokens whose sums fit into the registers
+  multiply_tokens<kWidth, kFirst, kOutputs, kWide>(layout, pass, 0);
+  if constexpr (kWidth > kFirst) multiply_tokens<kWidth, kWidth - kFirst, kOutputs, kWide>(layout, pass, kFirst);
+}
+
 using Multiply = void (*)(const TileLayout&, const Pass&);
 
-template <int kOutput, bool kWide, int... kTokensLessOne>
+template <int kOutputs, bool kWide, int... kTokensLessOne>
 BDK_INLINE Multiply multiply_of(int tokens, std::integer_sequence<int, kTokensLessOne...>) {
-  static constexpr Multiply kKernels[] = {multiply_block<kTokensLessOne + 1, kOutput, kWide>...};
+  static constexpr Multiply kKernels[] = {multiply_block<kTokensLessOne + 1, kOutputs, kWide>...};
   return kKernels[tokens - 1];
 }
 
 template <typename Decoder>
-void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, std::int32_t step_bytes,
-            const std::uint8_t** ahead, std::uint8_t* panel) {
+void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, Ahead* ahead, std::uint8_t* panel) {
   for (; steps > 0; --steps) {
-    ask_ahead(ahead, step_bytes);
+    ahead->template step<Decoder::kStepBytes>();
     BDK_UNROLL
     for (int quad = 0; quad < Decoder::kQuads; ++quad) BDK_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -203,7 +260,7 @@ void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, 
       for (int o = 0; o < Decoder::kOutputs; ++o)
         store(panel + o * kPanelBytes + quad * kPlaneBytes + v * kVectorBytes, codes[o]);
     }
-    at += step_bytes;
+    at += Decoder::kStepBytes;
     panel += Decoder::kQuads * kPlaneBytes;
   }
 }
@@ -217,51 +274,50 @@ void panels(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
   alignas(kAlignment) std::int32_t carried[Decoder::kOutputs * kMostTokens * kTileRows];
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  const std::uint8_t* ahead = tile + kAheadBytes;
-  ask_ahead(&ahead, layout.steps_offset);
+  Ahead ahead(layout, tile);
   std::int64_t column = 0;  // padded
   for (std::int32_t index = 0; index < layout.groups; ++index) {
     const std::int32_t all = layout.steps_of(index);
+    ahead.group();
     for (std::int32_t step = 0; step < all; step += kPanelSteps) {
       const std::int32_t steps = all - step < kPanelSteps ? all - step : kPanelSteps;
-      unpack(decoder, at, steps, layout.step_bytes, &ahead, panel);
+      unpack(decoder, at, steps, &ahead, panel);
       for (std::int32_t block = 0; block < x.blocks(); ++block) {
         const std::int64_t token = x.first_token(block);
         const int width = static_cast<int>(x.first_token(block + 1) - token);
         const std::int64_t place = token * x.groups + index;
-        BDK_UNROLL
-        for (int o = 0; o < Decoder::kOutputs; ++o) {
-          const Pass pass = {panel + o * kPanelBytes,
-                             steps * Decoder::kQuads,
-                             x.values + token * x.padded_columns + column * width,
-                             step == 0,
-                             step + steps == all,
-                             carried + (o * kMostTokens + token) * kTileRows,
-                             group_of(layout, tile, index),
-                             x.sums + place,
-                             x.group_scales == nullptr ? nullptr : x.group_scales + place,
-                             x.groups,
-                             out + token * kTileRows};
-          const Multiply multiply = o == 0 ? multiply_of<Decoder::kOutput, Decoder::kWide>(width, Tokens())
-                                           : multiply_of<2, Decoder::kWide>(width, Tokens());
-          multiply(layout, pass);
-        }
+        const Pass pass = {panel,
+                           steps * Decoder::kQuads,
+                           x.values + token * x.padded_columns + column * width,
+                           step == 0,
+                           step + steps == all,
+                           carried + token * Decoder::kOutputs * kTileRows,
+                           group_of(layout, tile, index),
+                           x.sums + place,
+                           x.group_scales == nullptr ? nullptr : x.group_scales + place,
+                           x.groups,
+                           out + token * kTileRows};
+        multiply_of<Decoder::kOutputs, Decoder::kWide>(width, Tokens())(layout, pass);
       }
-      at += static_cast<std::int64_t>(steps) * layout.step_bytes;
+      at += static_cast<std::int64_t>(steps) * Decoder::kStepBytes;
       column += static_cast<std::int64_t>(steps) * layout.step_columns;
     }
   }
 }
 
+using Stream = void (*)(const TileLayout&, const std::uint8_t*, const Int8Activations&, float*);
+
+template <template <int> class Coder, int... kTokensLessOne>
+BDK_INLINE Stream stream_of(int tokens, std::integer_sequence<int, kTokensLessOne...>) {
+  static constexpr Stream kKernels[] = {stream<Coder, kTokensLessOne + 1>...};
+  return kKernels[tokens - 1];
+}
+
 template <template <int> class Coder>
 void multiply_tile(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {
-  if (x.tokens > kStreamTokens) return panels<Coder>(layout, tile, x, out);
-  if (x.tokens == 1) return stream<Coder, 1>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 2)
-    if (x.tokens == 2) return stream<Coder, 2>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 3)
-    if (x.tokens == 3) return stream<Coder, 3>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 4) return stream<Coder, 4>(layout, tile, x, out);
+  constexpr int kMost = Coder<1>::kOutputs == 1 ? kStreamTokens : (kStreamTokens + 2) / 3;  // two sums, and tables
+  if (x.tokens > kMost) return panels<Coder>(layout, tile, x, out);
+  stream_of<Coder>(x.tokens, std::make_integer_sequence<int, kMost>())(layout, tile, x, out);
 }
 
 void int8_tile(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {

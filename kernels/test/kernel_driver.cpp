@@ -166,6 +166,65 @@ void check_two_callers(std::mt19937* random) {
   bdk_weight_free(weight);
 }
 
+// Descriptions whose buffers are honest and whose numbers are not: refused, or read within the buffers.
+void check_wild_descriptions(std::mt19937* random) {
+  const std::int64_t wild[] = {
+      -1, 0, 1, 2, 7, 8, 9, 16, 31, 32, 33, 100, 257, 65536, 65537, std::int64_t{1} << 31, INT64_MIN, INT64_MAX};
+  const auto draw = [&] { return wild[(*random)() % (sizeof wild / sizeof wild[0])]; };
+  for (int round = 0; round < 3000; ++round) {
+    const int format = static_cast<int>((*random)() % (BDK_INT8 + 1));
+    const Case c = {format, BDK_PER_GROUP, BDK_FP16, 33, 100, 24, 1};
+    const Problem problem(c, random);
+    bdk_weight_description description = problem.description;
+    for (int change = 0; change < 3; ++change) {
+      switch ((*random)() % 7) {
+        case 0:
+          description.format = static_cast<std::int32_t>(draw());
+          break;
+        case 1:
+          description.granularity = static_cast<std::int32_t>(draw());
+          break;
+        case 2:
+          description.scale_type = static_cast<std::int32_t>(draw());
+          break;
+        case 3:
+          description.rows = draw();
+          break;
+        case 4:
+          description.columns = draw();
+          break;
+        case 5:
+          description.group_size = draw();
+          break;
+        default:
+          description.zeros = nullptr;
+          description.zeros_bytes = 0;
+      }
+    }
+    bdk_weight* weight = nullptr;
+    const int status = bdk_weight_create(&description, &weight);
+    expect((status == BDK_OK) == (weight != nullptr), "a weight where all is well, and none otherwise");
+    bdk_weight_free(weight);
+  }
+}
+
+void check_rows_and_shared(std::mt19937* random) {
+  const Case c = {BDK_INT4, BDK_PER_GROUP, BDK_FP16, 70, 257, 100, 9};
+  const Problem problem(c, random);
+  bdk_weight* weight = nullptr;
+  expect(bdk_weight_create(&problem.description, &weight) == BDK_OK, "rows: created");
+  const std::int64_t ids[] = {0, 69, 33};
+  std::vector<float> rows(static_cast<std::size_t>(3 * c.columns));
+  expect(bdk_weight_rows(weight, ids, 3, rows.data()) == BDK_OK, "rows are there");
+  const std::int64_t past = 70;
+  expect(bdk_weight_rows(weight, &past, 1, rows.data()) == BDK_BAD_ARGUMENT, "a row past the end is refused");
+  std::vector<float> first(static_cast<std::size_t>(c.tokens * c.rows)), second(first.size());
+  const bdk_product products[] = {{weight, problem.bias.data(), first.data()}, {weight, nullptr, second.data()}};
+  expect(bdk_matmul_shared(products, 2, problem.x.data(), c.tokens, 8, 100) == BDK_OK, "two products of one input");
+  expect(first == multiply(weight, problem, c, 8, 100), "a shared product is the product");
+  bdk_weight_free(weight);
+}
+
 }  // namespace
 
 int main() {
@@ -189,6 +248,8 @@ int main() {
     }
   }
   check_two_callers(&random);
+  check_wild_descriptions(&random);
+  check_rows_and_shared(&random);
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures == 0 ? 0 : 1;
 }
