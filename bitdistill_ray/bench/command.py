@@ -2,7 +2,7 @@
 
 Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
 
-    kernels   low-bit products alone, for one token and for 128
+    kernels   low-bit products alone, for one token, a few and 128
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
     serve     a server over HTTP beside the decoder alone: one stream, several, overload, a soak with killed replicas
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
@@ -22,7 +22,7 @@ from bitdistill_ray.bench.report import Row, as_json, table
 from bitdistill_ray.errors import BitdistillError, ConfigError
 from bitdistill_ray.storage import write_json
 
-FORMATS = "ternary,int2,int3,nf3"
+FORMATS = "ternary,int2:a8,int3:a8,nf3:a8"
 SHAPES = "4096x4096"
 TRAINING = "steps,loss,scale"
 SERVING = "stream,streams,overload,soak"
@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     kernels = kinds.add_parser("kernels", parents=[shared])
     kernels.add_argument("--formats", default=FORMATS, help=f"FORMAT[:a8|:a16], … (default {FORMATS})")
     kernels.add_argument("--shapes", default=SHAPES, metavar="NxK,…", help=f"out x in features (default {SHAPES})")
+    kernels.add_argument("--tokens", default="1,4,128", metavar="M,…", help="multiplied at a time (default 1,4,128)")
     kernels.set_defaults(run=_kernels)
 
     decode = kinds.add_parser("decode", parents=[shared])
@@ -135,7 +136,11 @@ def _kernels(options: argparse.Namespace) -> list[Row]:
 
     specs = [kernels.parse_format(name) for name in options.formats.split(",")]
     shapes = [kernels.parse_shape(text) for text in options.shapes.split(",")]
-    return kernels.measure(specs, shapes, Place.of(torch.device(options.device), options.threads))
+    tokens = options.tokens.split(",")
+    if not all(count.isdecimal() and int(count) > 0 for count in tokens):
+        raise ConfigError("--tokens", options.tokens, "Give numbers of tokens, such as 1,4,128")
+    place = Place.of(torch.device(options.device), options.threads)
+    return kernels.measure(specs, shapes, place, [int(count) for count in tokens])
 
 
 def _decode(options: argparse.Namespace) -> list[Row]:

@@ -1,7 +1,9 @@
-"""The low-bit products alone: each format and shape for one token (memory-bound) and for many (compute-bound).
+"""The low-bit products alone: each format and shape for one token, a few (memory-bound) and many (compute-bound).
 
-The weights of a model do not fit in a cache, so each call takes the next of a pool of matrices that together are larger
-than one.  On the CPU the compiled kernels run; on a GPU, whatever `PackedLinear` does there.
+A product's time is whole: activations are quantised in it, and scales applied.  The weights of a model do not fit in a
+cache, so each call takes the next of a pool of matrices that together are larger than one.  On the CPU the compiled
+kernels run, in the same windows as the loops that are their limits: reading memory, and int8 dot products on registers.
+On a GPU, whatever `PackedLinear` does there.
 
     M tokens   N out features   K in features
 """
@@ -15,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bitdistill_ray.bench.limits import Place, Reader, multiply_rate, turns
+from bitdistill_ray.bench.limits import Int8Peak, Place, Reader, multiply_rate, turns
 from bitdistill_ray.bench.report import Row, Unit
 from bitdistill_ray.bench.timing import Function, seconds_per_call
 from bitdistill_ray.core import Format, Granularity, PackedWeight, QuantSpec
@@ -25,7 +27,8 @@ from bitdistill_ray.packed.weight import pack
 from bitdistill_ray.quant import initial_alpha, quantize
 
 GROUP_SIZE = 128
-DECODE_TOKENS, PREFILL_TOKENS = 1, 128
+TOKENS = (1, 4, 128)
+MOST_MEMORY_TOKENS = 8  # held to the speed of memory
 MOST_MATRICES = 512  # of one pool
 DENSE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -61,21 +64,25 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(sizes[0]), int(sizes[1])
 
 
-def measure(specs: Sequence[QuantSpec], shapes: Sequence[tuple[int, int]], place: Place) -> list[Row]:
-    """Rows of every format and shape."""
+def measure(
+    specs: Sequence[QuantSpec], shapes: Sequence[tuple[int, int]], place: Place, tokens: Sequence[int] = TOKENS
+) -> list[Row]:
+    """Rows of every format and shape, for each number of tokens."""
     reader = Reader(place)
+    peak = None if place.threads is None else Int8Peak(place.threads)
     rows: list[Row] = []
     for N, K in shapes:
-        rate, rate_is = multiply_rate(N, K, place)
+        dense_rate = multiply_rate(N, K, place)
         dense = {name: _dense_pool(N, K, dtype, place) for name, dtype in DENSE_DTYPES.items()}
         for spec in specs:
             packed = _random_packed(N, K, spec)
             pools = {"kernel": _packed_pool(packed, place), **dense}
-            for M in (DECODE_TOKENS, PREFILL_TOKENS):
+            for M in tokens:
                 x_MK = torch.randn(M, K, device=place.device)
                 products = {name: turns([multiply(x_MK) for multiply in pool]) for name, pool in pools.items()}
+                limits = {**reader.ways, **({} if peak is None else {"peak": peak.work})}
                 with torch.inference_mode():
-                    times = seconds_per_call({"read": reader.read, **products}, device=place.device)
+                    times = seconds_per_call({**limits, **products}, device=place.device)
                 baseline = min(DENSE_DTYPES, key=lambda name: times[name])
                 shared = Row(
                     case=f"matmul {'a8' if spec.activation_bits else 'a16'}",
@@ -88,10 +95,12 @@ def measure(specs: Sequence[QuantSpec], shapes: Sequence[tuple[int, int]], place
                     baseline=times[baseline] * 1e6,
                     baseline_is=f"torch linear, the faster of {' and '.join(DENSE_DTYPES)}",
                 )
-                if M == DECODE_TOKENS:
-                    rows += _memory_rows(shared, stored_bytes(packed), reader.bandwidth(times["read"]), reader.says)
+                if M <= MOST_MEMORY_TOKENS:
+                    rows += _memory_rows(shared, stored_bytes(packed), reader.best(times), reader.says)
+                elif peak is not None and spec.activation_bits:
+                    rows += _compute_rows(shared, peak.rate(times["peak"]), peak.says)
                 else:
-                    rows += _compute_rows(shared, rate, rate_is)
+                    rows += _compute_rows(shared, *dense_rate)
     return rows
 
 

@@ -12,6 +12,7 @@ the canonical bytes of `docs/FORMAT.md`, is repacked for vector units, and is th
 
 from bitdistill_kernels.activation import quantize_activation
 from bitdistill_kernels.library import instruction_sets, set_instruction_set, set_threads, threads
+from bitdistill_kernels.limits import multiply_add, read_memory, read_ways
 from bitdistill_kernels.weight import Weight, matmul, matmul_shared
 
 __all__ = [
@@ -19,7 +20,10 @@ __all__ = [
     "instruction_sets",
     "matmul",
     "matmul_shared",
+    "multiply_add",
     "quantize_activation",
+    "read_memory",
+    "read_ways",
     "set_instruction_set",
     "set_threads",
     "threads",

@@ -6,7 +6,7 @@ template <int kTokens>
 struct TwoBit {
   static constexpr bool kScaled = kScalesFields && kTokens <= 2;  // no shift: field f keeps its place, worth 4^f
   static constexpr bool kWide = kScaled;
-  static constexpr int kQuads = 4, kOutputs = 1, kSums = kScaled ? 4 : 1;
+  static constexpr int kQuads = 4, kStepBytes = kPlaneBytes, kOutputs = 1, kSums = kScaled ? 4 : 1;
   static constexpr int kOutput = 0;
   BDK_INLINE explicit TwoBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
@@ -43,7 +43,7 @@ BDK_INLINE Bytes index_of(const std::uint8_t* step, int quad, int v) {
 template <int kTokens>
 struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
   static constexpr bool kWide = false;
-  static constexpr int kQuads = 8;
+  static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   static constexpr int kOutput = 0;
   Levels levels;
   BDK_INLINE explicit ThreeBit(const TileLayout&) {
@@ -59,7 +59,7 @@ struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 template <int kTokens>
 struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
   static constexpr bool kWide = true;
-  static constexpr int kQuads = 8;
+  static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   static constexpr int kOutput = 1;
   Levels positive, negative;
   BDK_INLINE explicit NormalFloat(const TileLayout& layout)
@@ -74,7 +74,7 @@ struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 template <int kTokens>
 struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
   static constexpr bool kWide = false;
-  static constexpr int kQuads = 4;
+  static constexpr int kQuads = 4, kStepBytes = 2 * kPlaneBytes;
   static constexpr int kOutput = 0;
   BDK_INLINE explicit FourBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
@@ -85,7 +85,7 @@ struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 template <int kTokens>
 struct EightBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
   static constexpr bool kWide = true;
-  static constexpr int kQuads = 4;
+  static constexpr int kQuads = 4, kStepBytes = 4 * kPlaneBytes;
   static constexpr int kOutput = 0;
   BDK_INLINE explicit EightBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {

@@ -6,6 +6,8 @@
 
 #if defined(BDK_X86)
 #include <cpuid.h>
+#elif defined(BDK_NEON) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace bdk {
@@ -39,6 +41,16 @@ bool has_avx_vnni() {
 }
 #endif
 
+#if defined(BDK_NEON)
+#if defined(__linux__)
+bool has_neon_dotprod() { return (getauxval(AT_HWCAP) & (1ul << 20)) != 0; }                      // HWCAP_ASIMDDP
+bool has_neon_i8mm() { return has_neon_dotprod() && (getauxval(AT_HWCAP2) & (1ul << 13)) != 0; }  // HWCAP2_I8MM
+#else
+bool has_neon_dotprod() { return true; }  // every Apple processor that runs 64-bit macOS
+bool has_neon_i8mm() { return false; }
+#endif
+#endif
+
 bool always() { return true; }
 
 struct Entry {
@@ -52,6 +64,9 @@ const Entry kEntries[] = {
     {&kAvx512Vnni, has_avx512_vnni},
     {&kAvxVnni, has_avx_vnni},
     {&kAvx2, has_avx2},
+#elif defined(BDK_NEON)
+    {&kNeonI8mm, has_neon_i8mm},
+    {&kNeonDotprod, has_neon_dotprod},
 #endif
     {&kScalar, always},
 };

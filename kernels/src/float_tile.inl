@@ -18,17 +18,17 @@ struct FloatDecoder {
     if constexpr (kCoding == Coding::kTwoBit) {
       return float_level(table, right(load(rows), 8 * byte + 2 * quad));
     } else if constexpr (kThird) {
-      const Ints two = right(load(rows + quad / 4 * kPlaneBytes), 8 * byte + 2 * (quad % 4));
-      const Ints high = load(rows + 2 * kPlaneBytes);
+      const Bytes two = right(load(rows + quad / 4 * kPlaneBytes), 8 * byte + 2 * (quad % 4));
+      const Bytes high = load(rows + 2 * kPlaneBytes);
       const int place = 8 * byte + kThirdBitPlaces[quad % 4] + quad / 4 - 2;
-      const Ints third = place < 0 ? left_by(high, -place) : right(high, place);
+      const Bytes third = place < 0 ? left_by(high, -place) : right(high, place);
       return float_level(table, select(3, two, third));
     } else if constexpr (kCoding == Coding::kFourBit) {
-      const Ints plane = load(rows + quad / 2 * kPlaneBytes);
+      const Bytes plane = load(rows + quad / 2 * kPlaneBytes);
       return four_bit_level(table, plane, 8 * byte + quad % 2 * 4);
     } else {
-      const Ints plane = load(rows + quad * kPlaneBytes);
-      const Ints moved = left_by(bytewise_less_128(plane), 24 - 8 * byte);
+      const Bytes plane = load(rows + quad * kPlaneBytes);
+      const Ints moved = dwords(left_by(bytewise_less_128(plane), 24 - 8 * byte));
       return to_floats(right_signed(moved, 24));
     }
   }

@@ -64,29 +64,47 @@ struct Adder {
 
 #include "decoders.inl"
 
-// Asks for the memory that a stream will need when `bytes` more have been read; advances by as much.
-BDK_INLINE void ask_ahead(const std::uint8_t** ahead, std::int32_t bytes) {
-  if (kAheadBytes)
-    for (std::int32_t line = 0; line < bytes; line += 64) prefetch(*ahead + line);
-  *ahead += bytes;
-}
+// Asks for the memory that a stream will need when kAheadBytes more have been read.  A tile is asked for in step with
+// what is read of its codes, and its header in as many parts as it has groups: all at once would fill the queue.
+class Ahead {
+ public:
+  BDK_INLINE Ahead(const TileLayout& layout, const std::uint8_t* tile)
+      : at_(tile + kAheadBytes), header_bytes_(layout.steps_offset / layout.groups) {}
+
+  BDK_INLINE void group() {
+    BDK_NO_UNROLL_LOOP
+    for (std::int32_t line = 0; line < header_bytes_; line += 64) prefetch(at_ + line);
+    at_ += header_bytes_;
+  }
+
+  template <int kBytes>
+  BDK_INLINE void step() {
+    BDK_UNROLL
+    for (int line = 0; line < kBytes; line += 64) prefetch(at_ + line);
+    at_ += kBytes;
+  }
+
+ private:
+  const std::uint8_t* at_;
+  std::int32_t header_bytes_;
+};
 
 template <template <int> class Coder, int kTokens>
 void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {
   using Decoder = Coder<kTokens>;
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  const std::uint8_t* ahead = tile + kAheadBytes;
+  Ahead ahead(layout, tile);
   const std::int8_t* values = x.values;
-  ask_ahead(&ahead, layout.steps_offset);
   for (std::int32_t index = 0; index < layout.groups; ++index) {
+    ahead.group();
     Ints sums[kTokens][Decoder::kSums][kVectors];
     BDK_UNROLL
     for (int t = 0; t < kTokens; ++t) BDK_UNROLL
     for (int s = 0; s < Decoder::kSums; ++s) BDK_UNROLL
     for (int v = 0; v < kVectors; ++v) sums[t][s][v] = broadcast(0);
     for (std::int32_t step = layout.steps_of(index); step > 0; --step) {
-      ask_ahead(&ahead, layout.step_bytes);
+      ahead.template step<Decoder::kStepBytes>();
       BDK_UNROLL
       for (int quad = 0; quad < Decoder::kQuads; ++quad) {
         Bytes codes[kVectors][kMostOutputs];
@@ -103,7 +121,7 @@ void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
           }
         }
       }
-      at += layout.step_bytes;
+      at += Decoder::kStepBytes;
       values += 4 * Decoder::kQuads * kTokens;
     }
     const Group group = group_of(layout, tile, index);
@@ -190,10 +208,9 @@ BDK_INLINE Multiply multiply_of(int tokens, std::integer_sequence<int, kTokensLe
 }
 
 template <typename Decoder>
-void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, std::int32_t step_bytes,
-            const std::uint8_t** ahead, std::uint8_t* panel) {
+void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, Ahead* ahead, std::uint8_t* panel) {
   for (; steps > 0; --steps) {
-    ask_ahead(ahead, step_bytes);
+    ahead->template step<Decoder::kStepBytes>();
     BDK_UNROLL
     for (int quad = 0; quad < Decoder::kQuads; ++quad) BDK_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -203,7 +220,7 @@ void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, 
       for (int o = 0; o < Decoder::kOutputs; ++o)
         store(panel + o * kPanelBytes + quad * kPlaneBytes + v * kVectorBytes, codes[o]);
     }
-    at += step_bytes;
+    at += Decoder::kStepBytes;
     panel += Decoder::kQuads * kPlaneBytes;
   }
 }
@@ -217,14 +234,14 @@ void panels(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
   alignas(kAlignment) std::int32_t carried[Decoder::kOutputs * kMostTokens * kTileRows];
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  const std::uint8_t* ahead = tile + kAheadBytes;
-  ask_ahead(&ahead, layout.steps_offset);
+  Ahead ahead(layout, tile);
   std::int64_t column = 0;  // padded
   for (std::int32_t index = 0; index < layout.groups; ++index) {
     const std::int32_t all = layout.steps_of(index);
+    ahead.group();
     for (std::int32_t step = 0; step < all; step += kPanelSteps) {
       const std::int32_t steps = all - step < kPanelSteps ? all - step : kPanelSteps;
-      unpack(decoder, at, steps, layout.step_bytes, &ahead, panel);
+      unpack(decoder, at, steps, &ahead, panel);
       for (std::int32_t block = 0; block < x.blocks(); ++block) {
         const std::int64_t token = x.first_token(block);
         const int width = static_cast<int>(x.first_token(block + 1) - token);
@@ -247,21 +264,25 @@ void panels(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
           multiply(layout, pass);
         }
       }
-      at += static_cast<std::int64_t>(steps) * layout.step_bytes;
+      at += static_cast<std::int64_t>(steps) * Decoder::kStepBytes;
       column += static_cast<std::int64_t>(steps) * layout.step_columns;
     }
   }
 }
 
+using Stream = void (*)(const TileLayout&, const std::uint8_t*, const Int8Activations&, float*);
+
+template <template <int> class Coder, int... kTokensLessOne>
+BDK_INLINE Stream stream_of(int tokens, std::integer_sequence<int, kTokensLessOne...>) {
+  static constexpr Stream kKernels[] = {stream<Coder, kTokensLessOne + 1>...};
+  return kKernels[tokens - 1];
+}
+
 template <template <int> class Coder>
 void multiply_tile(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {
-  if (x.tokens > kStreamTokens) return panels<Coder>(layout, tile, x, out);
-  if (x.tokens == 1) return stream<Coder, 1>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 2)
-    if (x.tokens == 2) return stream<Coder, 2>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 3)
-    if (x.tokens == 3) return stream<Coder, 3>(layout, tile, x, out);
-  if constexpr (kStreamTokens >= 4) return stream<Coder, 4>(layout, tile, x, out);
+  constexpr int kMost = kStreamTokens / Coder<1>::kOutputs > 0 ? kStreamTokens / Coder<1>::kOutputs : 1;
+  if (x.tokens > kMost) return panels<Coder>(layout, tile, x, out);
+  stream_of<Coder>(x.tokens, std::make_integer_sequence<int, kMost>())(layout, tile, x, out);
 }
 
 void int8_tile(const TileLayout& layout, const std::uint8_t* tile, const Int8Activations& x, float* out) {

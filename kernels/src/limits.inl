@@ -36,7 +36,7 @@ std::uint64_t read(const std::uint8_t* memory, std::int64_t bytes, int way) {
 std::int64_t multiply_add(std::int64_t rounds) {
   constexpr int kChains = kBlockTokens;
   const std::int8_t values[4] = {1, -1, 2, -2};
-  Bytes codes = only(broadcast(-1), 3), four = broadcast4(values);
+  const Bytes four = broadcast4(values), codes = only(four, 3);
   Ints sums[kChains];
   BDK_UNROLL
   for (int chain = 0; chain < kChains; ++chain) sums[chain] = broadcast(chain);

@@ -121,6 +121,7 @@ BDK_INLINE Floats four_bit_level(FloatTable, Ints plane, int place) {
 }
 BDK_INLINE Ints left_by(Ints value, int bits) { return bits == 0 ? value : _mm256_slli_epi32(value, bits); }
 BDK_INLINE Ints bytewise_less_128(Ints value) { return _mm256_xor_si256(value, _mm256_set1_epi8(-128)); }
+BDK_INLINE Ints dwords(Bytes value) { return value; }
 
 #include "float_tile.inl"
 #include "int8_tile.inl"

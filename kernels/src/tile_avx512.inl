@@ -16,11 +16,11 @@ namespace bdk {
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int kStreamTokens = 4;
+constexpr int kStreamTokens = 8;  // nf3, which has two sums, half as many
 constexpr int kBlockTokens = 12;  // times two vectors of rows: 24 of 32 registers hold sums
 constexpr int kGemmVectors = 2;
 #ifndef BDK_AHEAD
-#define BDK_AHEAD 8192
+#define BDK_AHEAD 4096
 #endif
 constexpr int kAheadBytes = BDK_AHEAD;
 constexpr bool kScalesFields = true;
@@ -140,6 +140,7 @@ BDK_INLINE Floats four_bit_level(FloatTable table, Ints plane, int place) {
 }
 BDK_INLINE Ints left_by(Ints value, int bits) { return bits == 0 ? value : _mm512_slli_epi32(value, bits); }
 BDK_INLINE Ints bytewise_less_128(Ints value) { return _mm512_xor_si512(value, _mm512_set1_epi8(-128)); }
+BDK_INLINE Ints dwords(Bytes value) { return value; }
 
 #include "float_tile.inl"
 #include "int8_tile.inl"

@@ -39,7 +39,7 @@ def rows(folder: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_every_format_and_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(tmp_path, "--formats", ",".join(Format), "--shapes", "48x200,64x64")
     printed = capsys.readouterr().out
-    assert len(found) == len(Format) * 2 * 4
+    assert len(found) == len(Format) * 2 * 6
     for row in found:
         assert set(row) == KEYS
         assert row["threads"] == 1
@@ -81,6 +81,7 @@ def test_formats_by_name() -> None:
         (("--shapes", "4096"), "--shapes: '4096'"),
         (("--shapes", "0x8"), "--shapes: '0x8'"),
         (("--threads", "0"), "--threads: 0"),
+        (("--tokens", "1,-1"), "--tokens: 1,-1"),
     ],
 )
 def test_mistakes_are_named(arguments: tuple[str, str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
