@@ -54,7 +54,7 @@ def _rows(subjects: Sequence[Subject], place: Place) -> list[Row]:
         for subject in subjects:
             subject.decode(batch)  # warm-up: kernels repack their weights at the first call
         for _ in range(ROUNDS):
-            reads.append(window(reader.read, 1, place.device))
+            reads.append(reader.best({name: window(way, 1, place.device) for name, way in reader.ways.items()}))
             for subject, of in zip(subjects, speeds, strict=True):
                 of.append(subject.decode(batch))
         steps = [batch / median(s.step_s for s in of) for of in speeds]
@@ -67,7 +67,7 @@ def _rows(subjects: Sequence[Subject], place: Place) -> list[Row]:
                 metric="decode",
                 unit=Unit.TOKENS_S,
                 value=steps[0],
-                limit=batch * reader.bandwidth(median(reads)) / subjects[0].nbytes,
+                limit=batch * median(reads) / subjects[0].nbytes,
                 limit_is=f"the stored bytes read once a step, at the speed of {reader.says}",
                 baseline=steps[1] if baseline else None,
                 baseline_is=baseline_is,

@@ -6,10 +6,14 @@
 namespace bdk {
 
 const VectorOps& vector_ops() {
-#if defined(BDK_X86)
   const InstructionSet* chosen = instruction_set(chosen_instruction_set());
+#if defined(BDK_X86)
   if (chosen == &kAvx512Vbmi || chosen == &kAvx512Vnni) return kAvx512Ops;
   if (chosen == &kAvxVnni || chosen == &kAvx2) return kAvx2Ops;
+#elif defined(BDK_NEON)
+  if (chosen != &kScalar) return kNeonOps;
+#else
+  static_cast<void>(chosen);
 #endif
   return kScalarOps;
 }

@@ -75,6 +75,8 @@ extern const VectorOps kScalarOps;
 #if defined(BDK_X86)
 extern const VectorOps kAvx2Ops;
 extern const VectorOps kAvx512Ops;
+#elif defined(BDK_NEON)
+extern const VectorOps kNeonOps;
 #endif
 
 }  // namespace bdk
