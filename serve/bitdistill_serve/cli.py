@@ -90,6 +90,7 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
 
     named = [of.model_dump() | {"name": of.served_name, "model": resolve(of.model)} for of in models]
     env.private_ray_token()  # before ray is imported, which reads it
+    env.serve_at_full_priority()
     import ray
     from ray import serve
 
