@@ -53,6 +53,9 @@ def stage_charts(rows: Sequence[Row]) -> Markup:
     if _any(rows, "relation_weight"):
         charts.append(line_chart("Weight of relations", [series("weight", rows, of("relation_weight"))],
                                  note="set by gradients", from_zero=True))  # fmt: skip
+    if _any(rows, "near_cut"):
+        near = series("weights", rows, lambda r: _times(r.get("near_cut"), 100))
+        charts.append(line_chart("Weights near a cut", [near], note="%, within a tenth of a scale of another code"))
     for prefix, title, note in QUALITY:
         texts = [name for name in dict.fromkeys(key for row in rows for key in row) if name.startswith(prefix)]
         if texts:

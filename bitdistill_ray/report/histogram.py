@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bitdistill_ray.quant.report import NEAR_CUT
 from bitdistill_ray.report.axis import Scale
 from bitdistill_ray.report.markup import Markup, element
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 300.0, 150.0
 SIDE, TOP, BOTTOM = 8.0, 16.0, 24.0
 MOST_LABELS = 9
-NEAR_CUT = 0.1  # units of the scale
 
 
 def weight_histogram(histogram: Histogram) -> Markup:

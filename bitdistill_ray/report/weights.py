@@ -19,8 +19,8 @@ from torch import Tensor
 from bitdistill_ray.core import Format, QuantSpec
 from bitdistill_ray.model.student import ADDED_FILE, LATENT_FILE, StudentSurgery, read_about
 from bitdistill_ray.quant import quantize
-from bitdistill_ray.quant.grouping import Grouping
 from bitdistill_ray.quant.nf3 import LEVELS
+from bitdistill_ray.quant.report import relative_weights
 from bitdistill_ray.storage import storage_errors
 
 BINS = 121
@@ -100,19 +100,6 @@ def weight_histograms(before: Path, after: Path | None) -> list[Histogram]:
     return found
 
 
-def relative_weights(w_NK: Tensor, spec: QuantSpec, alpha: Tensor | None) -> Tensor:
-    """Every weight of a matrix in units of its scale, flat, in no particular order; float32."""
-    quantized = quantize(w_NK, spec, alpha=alpha)
-    grouping = Grouping.of(spec, quantized.shape)
-    relative = []
-    for w_RGS, scale_RGC in zip(grouping.split(w_NK.float()), grouping.split_groups(quantized.scale), strict=True):
-        scale_RGS = scale_RGC[..., :1]
-        if scale_RGC.shape[-1] == 2:
-            scale_RGS = torch.where(w_RGS < 0, scale_RGC[..., 1:], scale_RGC[..., :1])
-        relative.append((w_RGS / scale_RGS).flatten())
-    return torch.cat(relative)
-
-
 def _reach(format: Format, levels: tuple[float, ...]) -> float:
     """As far as weights go: grids that span their group's range end just there, the others clip long tails."""
     largest = max(map(abs, levels))
@@ -129,7 +116,8 @@ def _counts(folder: Path, names: list[str], spec: QuantSpec, reach: float) -> Te
     ):
         for name in names:
             alpha = added.get_tensor(f"{name}.alpha") if spec.format.learns_scale else None
-            relative = relative_weights(latent.get_tensor(f"{name}.weight"), spec, alpha)
+            w_NK = latent.get_tensor(f"{name}.weight")
+            relative = relative_weights(w_NK, quantize(w_NK, spec, alpha=alpha))
             bins = ((relative + reach) * (BINS / (2 * reach))).long().clamp_(0, BINS - 1)
             counts += torch.bincount(bins, minlength=BINS)
     return counts

@@ -3,6 +3,7 @@
     flip_rate      share of the codes that differ from those of the measurement before, `flip_steps` steps ago; about
                    0.05 % a step is a healthy ternary run (arXiv 2412.04787)
     zeros          share of the quantised weights that are exactly 0
+    near_cut       of ternary students, share of the weights within a tenth of a scale of where another code begins
     grad_norm_X    L2 norm of the gradient that term X, with its weight, has over all trained weights
     grad_norm_ratio   with two terms: the second's norm over the first's
     ppl:TEXT, kl:TEXT, agreement:TEXT   on held-out texts (`quality.py`)
@@ -27,7 +28,7 @@ from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.linear import QuantLinear, whole_parameter
 from bitdistill_ray.monitor_config import MonitorConfig
 from bitdistill_ray.quant import quantize
-from bitdistill_ray.quant.report import zero_count
+from bitdistill_ray.quant.report import near_cut_count, zero_count
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.quality import QualityProbe
 from bitdistill_ray.student.term_gradients import gradient_norms, single_terms
@@ -43,10 +44,11 @@ class CodeProbe:
         self.codes: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def look(self) -> tuple[float | None, float]:
-        """(share of codes that changed since the last look, None at the first; share of zeros)."""
+    def look(self) -> dict[str, float]:
+        """`flip_rate`, the share of codes that changed since the last look (not at the first), `zeros`, `near_cut`."""
         first, device = not self.codes, self.linears[0][1].weight.device
-        sums = torch.zeros(4, dtype=torch.float64, device=device)  # of flips, zeros, weights, and ranks that look first
+        # of flips, zeros, weights, ranks that look first, weights near a cut
+        sums = torch.zeros(5, dtype=torch.float64, device=device)
         sums[3] += first
         for place, (name, linear) in enumerate(self.linears):
             with whole_parameter(linear.weight):  # a collective under ZeRO-3: every rank enters for every linear
@@ -54,6 +56,7 @@ class CodeProbe:
                     continue
                 assert linear.spec is not None
                 quantized = quantize(linear.weight, linear.spec, alpha=linear.alpha, name=name, known_finite=True)
+                sums[4] += near_cut_count(linear.weight, quantized)
             codes, before = quantized.codes_NK, self.codes.get(place)
             flipped = 0 if before is None else (codes != before).sum()
             self.codes[place] = codes
@@ -62,9 +65,9 @@ class CodeProbe:
             sums[2] += codes.numel()
         if self.ranks > 1:
             dist.all_reduce(sums)
-        flips, zeroed, total, newcomers = sums.tolist()
-        seen_before = newcomers < self.ranks
-        return (flips / total if seen_before else None), zeroed / total
+        flips, zeroed, total, newcomers, near = sums.tolist()
+        found = {"flip_rate": flips / total} if newcomers < self.ranks else {}
+        return found | {"zeros": zeroed / total} | ({"near_cut": near / total} if near else {})
 
 
 class Probes:
@@ -113,10 +116,10 @@ class Probes:
         self.done += 1
         figures = self._gradients()
         if self.codes and self.done % self.codes_every == 0:
-            flip_rate, zeros = self.codes.look()
-            if flip_rate is not None:
-                figures |= {"flip_rate": flip_rate, "flip_steps": self.done - self.looked_at}
-            figures["zeros"], self.looked_at = zeros, self.done
+            figures |= self.codes.look()
+            if "flip_rate" in figures:
+                figures["flip_steps"] = self.done - self.looked_at
+            self.looked_at = self.done
         if self.quality and (self.done % self.quality_every == 0 or self.done == self.steps):
             figures |= self.quality.look()
         return figures

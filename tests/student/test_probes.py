@@ -51,15 +51,17 @@ def test_flips_and_zeros_are_counted_over_all_linears() -> None:
     linears, probe = linears_of(module), CodeProbe(module.model)
     zeroed = sum(int((dequantize(quantize(m.weight, m.spec)) == 0).sum()) for m in linears if m.spec)
     weights = sum(m.weight.numel() for m in linears)
+    units = torch.cat([(m.weight / quantize(m.weight, m.spec).scale.repeat_interleave(16, 1)).flatten()
+                       for m in linears if m.spec])  # fmt: skip
+    near = int(((units.abs() - 0.5).abs() <= 0.1).sum())
     first = probe.look()
-    assert first[0] is None
-    assert first[1] == pytest.approx(zeroed / weights)
-    assert probe.look() == (0.0, first[1])
+    assert first == {"zeros": pytest.approx(zeroed / weights), "near_cut": pytest.approx(near / weights)}
+    assert probe.look() == {"flip_rate": 0.0, **first}
     with torch.no_grad():
         linears[0].weight.neg_()  # every code but the zeros changes
     assert linears[0].spec is not None
     nonzero = int((dequantize(quantize(linears[0].weight, linears[0].spec)) != 0).sum())
-    assert probe.look() == (pytest.approx(nonzero / weights), pytest.approx(first[1]))
+    assert probe.look() == {"flip_rate": pytest.approx(nonzero / weights), **first}
 
 
 def test_a_terms_norm_is_that_of_its_weighted_gradient_alone_and_training_is_left_alone() -> None:
@@ -87,11 +89,11 @@ def test_probes_look_at_their_steps_and_put_their_figures_into_the_row() -> None
         probes.micro(BATCH, signals(), TOTALS)
         rows.append(probes.take())
     assert [set(row) for row in rows] == [
-        {"flip_rate", "flip_steps", "zeros"},  # after step 2
+        {"flip_rate", "flip_steps", "zeros", "near_cut"},  # after step 2
         {"grad_norm_ce", "grad_norm_relation", "grad_norm_ratio"},
-        {"flip_rate", "flip_steps", "zeros"},
+        {"flip_rate", "flip_steps", "zeros", "near_cut"},
         set(),
-        {"flip_rate", "flip_steps", "zeros", "grad_norm_ce", "grad_norm_relation", "grad_norm_ratio"},
+        {"flip_rate", "flip_steps", "zeros", "near_cut", "grad_norm_ce", "grad_norm_relation", "grad_norm_ratio"},
     ]
     assert [row.get("flip_steps") for row in rows] == [1, None, 2, None, 2]
     assert rows[1]["grad_norm_ratio"] == pytest.approx(rows[1]["grad_norm_relation"] / rows[1]["grad_norm_ce"])
