@@ -102,7 +102,7 @@ class Subject:
         gc.collect()
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what glibc keeps for later is not the model's
             trim(0)
-        self.resident = resident_bytes() - before
+        self.resident = max(resident_bytes() - before, os.sysconf("SC_PAGE_SIZE"))
         return self
 
     @property
@@ -134,7 +134,7 @@ def step_bytes(model: Any) -> int:
     packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
     if not packed:
         return model_sizes(model).bytes - untied
-    plain = 2 * sum(parameter.numel() for parameter in model.parameters())
+    plain: int = 2 * sum(parameter.numel() for parameter in model.parameters())
     return plain - untied + sum(t.nbytes for p in packed for t in (p.codes, p.scales, p.zeros) if t is not None)
 
 
@@ -156,11 +156,11 @@ def _format(model: Any) -> str | None:
 
 def _decoder(model: Any, load: Load, head: RandomHead | None) -> tuple[Decoder, str]:
     """A decoder for the model, the native one where it can, and which it is."""
-    sizes = {"slots": load.batch, "slot_tokens": load.slot_tokens}
+    slots, tokens = load.batch, load.slot_tokens
     if model.device.type == "cpu":
         try:
             packed = None if head is None else head.weight
-            return NativeDecoder(model, **sizes, cache=load.cache, head=packed), "native"
+            return NativeDecoder(model, slots=slots, slot_tokens=tokens, cache=load.cache, head=packed), "native"
         except ModelError:
             model.float()
-    return TorchDecoder(model, **sizes), "torch"
+    return TorchDecoder(model, slots=slots, slot_tokens=tokens), "torch"
