@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,15 +70,17 @@ def test_it_is_measured_at_its_steps_on_the_first_micro_batch_and_changed_in_pla
 
 
 norms = st.floats(1e-6, 1e6)
+MODULE = cache(module_of)
 
 
+@settings(deadline=None, max_examples=50)
 @given(first=st.tuples(norms, norms), then=st.lists(st.tuples(norms, norms), max_size=4), cut=st.integers(0, 4),
        smoothing=st.floats(0, 0.95))  # fmt: skip
 def test_it_is_a_mean_of_logarithms_and_goes_on_from_a_checkpoint_bit_for_bit(
     first: tuple[float, float], then: list[tuple[float, float]], cut: int, smoothing: float
 ) -> None:
     adaptive = AdaptiveWeight(ratio=2.0, smoothing=smoothing)
-    module = module_of(loss_of(adaptive))
+    module = MODULE(loss_of(AdaptiveWeight()))
     whole, cut_short = (Balance(module, adaptive, ranks=1, device=CPU) for _ in range(2))
     found = [(torch.tensor(others), torch.tensor(relation)) for others, relation in (first, *then)]
     for others, relation in found:
