@@ -6,20 +6,19 @@ size from layer to layer.  No checkpoint is written, and no quantiser runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from bitdistill_kernels import Weight
 from bitdistill_ray.core import Format, PackedWeight, QuantSpec
 from bitdistill_ray.errors import ConfigError
 from bitdistill_ray.model.families import decoder_linears
 from bitdistill_ray.model.taps import SDPA
-from bitdistill_ray.packed.linear import PackedLinear
+from bitdistill_ray.packed.model import place_packed
+from bitdistill_ray.packed.tables import HeadBits, table_spec, tables
 from bitdistill_ray.packed.weight import SCALE_DTYPES, packed_shapes
 
 SHAPES: dict[str, PretrainedConfig] = {
@@ -46,13 +45,12 @@ SHAPES: dict[str, PretrainedConfig] = {
     ),
 }
 MASKED_TERNARY = 0b01010101  # the low bits of four codes
-MIDDLE_ZEROS = 0x88  # two zero points of 4 bits
-HEAD_GROUP = 128
+LOW_BITS = 2
 HALF = torch.float16
 
 
-def random_of_shape(name: str, spec: QuantSpec | None, *, seed: int = 0) -> Any:
-    """A causal LM of a known shape, its linears packed as `spec` says, all else (without a spec: all) in fp16.
+def random_of_shape(name: str, spec: QuantSpec | None, *, head_bits: HeadBits = HeadBits.SIXTEEN, seed: int = 0) -> Any:
+    """A causal LM of a known shape, its linears packed as `spec` says, its tables in `head_bits`, all else in fp16.
 
     Raises ConfigError for a name that is not known.
     """
@@ -61,53 +59,33 @@ def random_of_shape(name: str, spec: QuantSpec | None, *, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=HALF, attn_implementation=SDPA)
-    if spec is not None:
-        for path, linear in list(decoder_linears(model)):
-            parent, _, leaf = path.rpartition(".")
-            packed = random_packed((linear.out_features, linear.in_features), spec, generator)
-            setattr(model.get_submodule(parent), leaf, PackedLinear(packed))
+    specs = {} if spec is None else {path: spec for path, _ in decoder_linears(model)}
+    if table := table_spec(head_bits, spec.activation_bits if spec else None):
+        specs |= dict.fromkeys(tables(model), table)
+    for path, of in specs.items():
+        N, K = model.get_submodule(path).weight.shape
+        place_packed(model, path, random_packed((N, K), of, generator))
     for module in model.modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 setattr(module, leaf, nn.Parameter(_random(parameter.shape, generator), requires_grad=False))
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings and head_bits is HeadBits.SIXTEEN:
         model.tie_weights()
     return model.eval()
 
 
 def random_packed(shape: tuple[int, int], spec: QuantSpec, generator: torch.Generator) -> PackedWeight:
-    """Random codes and zero points under scales of about the inverse root of K."""
+    """Random codes and zero points under scales that make values of about the inverse root of K."""
     sizes = packed_shapes(spec, shape)
     codes = _bytes(sizes.codes, generator)
     if spec.format in (Format.TERNARY, Format.SEQ_TERNARY):
         codes &= ~((codes & MASKED_TERNARY) << 1)
-    scales = torch.full(sizes.scales, shape[1] ** -0.5, dtype=SCALE_DTYPES[spec.scale_dtype])
+    if spec.format is Format.INT8:
+        codes.clamp_(min=1)
+    step = 2.0 ** (spec.format.code_bits - LOW_BITS)  # of codes: a scale is about so much smaller
+    scales = torch.full(sizes.scales, shape[1] ** -0.5 / step, dtype=SCALE_DTYPES[spec.scale_dtype])
     zeros = None if sizes.zeros is None else _bytes(sizes.zeros, generator)
     return PackedWeight(spec=spec, shape=shape, codes=codes, scales=scales, zeros=zeros)
-
-
-@dataclass(frozen=True, slots=True)
-class RandomHead:
-    """A packed head, which is the embedding too where they are tied; `nbytes` are its canonical bytes."""
-
-    weight: Weight
-    nbytes: int
-
-    @classmethod
-    def of(cls, model: Any, bits: int, *, seed: int = 0) -> Self:
-        """int4 or int8 codes in groups of `HEAD_GROUP`."""
-        generator = torch.Generator().manual_seed(seed)
-        N, K = model.config.vocab_size, model.config.hidden_size
-        G = -(-K // HEAD_GROUP)
-        codes = _bytes((N, -(-K * bits // 8)), generator)
-        scales = torch.full((N, G), K**-0.5 / 2 ** (bits - 2), dtype=HALF)
-        zeros = None
-        if bits == 4:
-            zeros = torch.full((N, -(-G // 2)), MIDDLE_ZEROS if G % 2 == 0 else MIDDLE_ZEROS & 15, dtype=torch.uint8)
-        else:
-            codes.clamp_(min=1)
-        weight = Weight.create(codes, scales, zeros, format=f"int{bits}", shape=(N, K), group_size=HEAD_GROUP)
-        return cls(weight, sum(part.nbytes for part in (codes, scales, zeros) if part is not None))
 
 
 def _bytes(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from torch import nn
 
 from bitdistill_kernels.decoder import CacheType
 from bitdistill_ray.bench.limits import Place
-from bitdistill_ray.bench.shapes import RandomHead, random_of_shape
+from bitdistill_ray.bench.shapes import random_of_shape
 from bitdistill_ray.bench.timing import synchronize, window
 from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.decode.base import Decoder
@@ -26,15 +27,16 @@ from bitdistill_ray.decode.loading import load_decoder, load_for_decoding
 from bitdistill_ray.decode.native_decoder import NativeDecoder
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError
-from bitdistill_ray.evaluation.sizes import embedding_weights, model_sizes
+from bitdistill_ray.evaluation.sizes import model_sizes
 from bitdistill_ray.model.load import load_model
 from bitdistill_ray.model.sources import resolve
 from bitdistill_ray.model.student import is_student
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_ray.packed.linear import PackedLinear
+from bitdistill_ray.packed.summary import is_table
+from bitdistill_ray.packed.tables import HeadBits
 
 SIXTEEN_BITS = torch.float16
-HALF_BITS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +64,10 @@ class Speed:
 class Subject:
     """`nbytes` are the canonical bytes that one step reads, `resident` what its memory grew by in this process."""
 
-    def __init__(self, name: str, model: Any, place: Place, load: Load, head: RandomHead | None = None) -> None:
+    def __init__(self, name: str, model: Any, place: Place, load: Load) -> None:
         self.load, self.device = load, place.device
         self.nbytes, self.format = step_bytes(model), _format(model)
-        if head:
-            self.nbytes += head.nbytes - 2 * model.get_output_embeddings().weight.numel()
-        self.decoder, how = _decoder(model, load, head)
+        self.decoder, how = _decoder(model, load)
         self.says = f"{name} ({self.format or 'not packed'}) in {str(model.dtype).partition('.')[2]}, {how}"
         self.resident = 0
 
@@ -88,11 +88,10 @@ class Subject:
 
     @classmethod
     def of_shape(cls, shape: str, spec: QuantSpec | None, place: Place, load: Load, *, head_bits: int = 16) -> Self:
-        """Of a known shape, with random weights; `head_bits` 4 or 8 packs the head."""
+        """Of a known shape, with random weights; `head_bits` 4 or 8 packs the embedding and the head."""
         before = resident_bytes()
-        model = random_of_shape(shape, spec)
-        head = RandomHead.of(model, head_bits) if head_bits < HALF_BITS else None
-        subject = cls(shape, model, place, load, head)
+        model = random_of_shape(shape, spec, head_bits=HeadBits(head_bits))
+        subject = cls(shape, model, place, load)
         del model
         return subject._settled(before)
 
@@ -130,7 +129,9 @@ class Subject:
 
 def step_bytes(model: Any) -> int:
     """Canonical bytes that one step reads: packed tensors, all else in 16 bits, of an untied embedding only rows."""
-    untied = 0 if model.config.tie_word_embeddings else embedding_weights(model)  # in 16 bits, half of both tables
+    embedding = model.get_input_embeddings()
+    looked_up = isinstance(embedding, nn.Embedding) and not model.config.tie_word_embeddings
+    untied = 2 * embedding.weight.numel() if looked_up else 0
     packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
     if not packed:
         return model_sizes(model).bytes - untied
@@ -145,22 +146,23 @@ def resident_bytes() -> int:
 
 
 def format_of(folder: PackedFolder) -> str:
-    """The format of a packed student, or those that it mixes."""
-    return "+".join(sorted({entry.spec.format.value for entry in folder.manifest.packed.values()}))
+    """The format of a packed student's linears, or those that they mix."""
+    entries = folder.manifest.packed.items()
+    return "+".join(sorted({entry.spec.format.value for name, entry in entries if not is_table(name)}))
 
 
 def _format(model: Any) -> str | None:
-    formats = {module.packed.spec.format.value for module in model.modules() if isinstance(module, PackedLinear)}
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    formats = {module.packed.spec.format.value for name, module in packed.items() if not is_table(name)}
     return "+".join(sorted(formats)) or None
 
 
-def _decoder(model: Any, load: Load, head: RandomHead | None) -> tuple[Decoder, str]:
+def _decoder(model: Any, load: Load) -> tuple[Decoder, str]:
     """A decoder for the model, the native one where it can, and which it is."""
     slots, tokens = load.batch, load.slot_tokens
     if model.device.type == "cpu":
         try:
-            packed = None if head is None else head.weight
-            return NativeDecoder(model, slots=slots, slot_tokens=tokens, cache=load.cache, head=packed), "native"
+            return NativeDecoder(model, slots=slots, slot_tokens=tokens, cache=load.cache), "native"
         except ModelError:
             model.float()
     return TorchDecoder(model, slots=slots, slot_tokens=tokens), "torch"

@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from bitdistill_kernels import Weight
 from bitdistill_kernels.decoder import CacheType
 from bitdistill_kernels.decoder import NativeDecoder as Library
 from bitdistill_ray.decode.native_model import native_model
@@ -34,16 +33,14 @@ class NativeDecoder:
         slot_tokens: int = 2048,
         cache: CacheType = CacheType.FP16,
         activation_bits: int | None = None,
-        head: Weight | None = None,
     ) -> None:
         """`model`: a Hugging Face causal LM with PackedLinears or plain linears; its tensors are used where they lie.
 
         `activation_bits` 8 quantises the activations of packed weights that leave them open (weight-only formats).
-        `head` takes the place of the model's head, with int8 activations, and of an embedding that is tied to it.
         Raises ModelError where `why_not_native` says so, KernelError where the kernels are not built.
         """  # fmt: skip
         tokens = min(slot_tokens, int(model.config.max_position_embeddings))
-        described = native_model(model, positions=tokens, activation_bits=activation_bits, packed_head=head)
+        described = native_model(model, positions=tokens, activation_bits=activation_bits)
         self._library = Library(described, slots=slots, slot_tokens=tokens, cache=cache)
         self._book = SlotBook(slots, tokens, self._library.vocabulary, self._library.copy)
 

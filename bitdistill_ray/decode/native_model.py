@@ -27,14 +27,11 @@ ACTIVATIONS = {"silu": Activation.SILU, "gelu_pytorch_tanh": Activation.GELU_TAN
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # angles that depend on the position alone
 
 
-def native_model(
-    model: Any, *, positions: int, activation_bits: int | None = None, packed_head: Weight | None = None
-) -> Model:
+def native_model(model: Any, *, positions: int, activation_bits: int | None = None) -> Model:
     """The description of `model`, a causal LM of a supported family on the CPU, for up to `positions` positions.
 
     `activation_bits` is that of packed weights whose spec leaves activations alone: 8 gives each group of a token a
     scale where the weight has groups.
-    `packed_head` takes the place of the head, and of an embedding that is tied to it.
     Raises ModelError for what the native decoder does not support, naming what it does.
     """
     config, family = model.config, family_of(model.config)
@@ -53,8 +50,8 @@ def native_model(
             )
             for layer, kind in zip(layers, kinds, strict=True)
         ],
-        embedding=packed_head if packed_head and config.tie_word_embeddings else _table(embedding, head.linear),
-        head=reader.linear(head.linear) if packed_head is None else _head(packed_head),
+        embedding=_table(embedding, head.linear),
+        head=reader.linear(head.linear),
         last_norm=reader.gain(model.base_model.norm),
         angles=[_angles(model, kind, positions) for kind in tables],
         heads=config.num_attention_heads,
@@ -132,10 +129,6 @@ def _table(embedding: Any, head: Any) -> Weight | Tensor:
         return _on_cpu(embedding.weight)
     tied = isinstance(head, PackedLinear) and head.packed is embedding.packed
     return head.repacked() if tied else embedding.repacked()
-
-
-def _head(weight: Weight) -> Linear:
-    return Linear(weight, activation_bits=8, activation_per_group=weight.group_size is not None)
 
 
 def _activation(config: Any) -> Activation:

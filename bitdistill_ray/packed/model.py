@@ -22,6 +22,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from bitdistill_ray.core import PackedWeight
 from bitdistill_ray.errors import PackedError
 from bitdistill_ray.model.families import family_of
 from bitdistill_ray.model.linear import QuantLinear
@@ -98,14 +99,31 @@ def load_packed_model(
     model = _empty_model(folder, dtype)
     StudentSurgery(subln_eps=folder.manifest.subln).perform(model)
     _load_plain(model, folder, dtype)
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
     for name in folder.manifest.packed:
-        _place_packed(model, name, folder, tied, kernels=kernels)
+        place_packed(model, name, folder.weight(name), where=f"{folder.path / TENSORS}", kernels=kernels)
     tokenizer = AutoTokenizer.from_pretrained(folder.path)
     if vocabulary_hash(tokenizer) != folder.manifest.vocabulary:
         raise PackedError(str(folder.path), "its tokenizer does not have the vocabulary the student was trained with",
                           "Put the student's own tokenizer files back")  # fmt: skip
     return model.to(device).eval().requires_grad_(requires_grad=False), tokenizer
+
+
+def place_packed(model: Any, name: str, weight: PackedWeight, *, where: str = "model", kernels: bool = True) -> None:
+    """Put a PackedLinear, with its SubLN, or a PackedEmbedding in the place of the empty module `name`; in that of a
+    head that is tied to the embedding too.  Raises PackedError, naming `where`, for a module of another shape.
+    """
+    modules = dict(model.named_modules())
+    empty = modules.get(name)
+    if getattr(getattr(empty, "weight", None), "shape", None) != weight.shape:
+        what = f"a packed {list(weight.shape)} matrix, but the model has {empty}"
+        raise PackedError(f"{where}:{name}", what, COPY_AGAIN)
+    if isinstance(empty, nn.Linear):
+        _replace(model, name, PackedLinear(weight, empty.bias, norm=getattr(empty, "norm", None), kernels=kernels))
+    elif isinstance(empty, nn.Embedding):
+        head = next((n for n, module in modules.items() if module is model.get_output_embeddings()), "")
+        _replace(model, name, PackedEmbedding(weight, empty))
+        if model.config.tie_word_embeddings:
+            _replace(model, head, PackedLinear(weight, kernels=kernels))
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
@@ -171,25 +189,6 @@ def _load_plain(model: Any, folder: PackedFolder, dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta and name not in packed:
             raise PackedError(f"{folder.path / TENSORS}:{name}", "is missing", COPY_AGAIN)
-
-
-def _place_packed(model: Any, name: str, folder: PackedFolder, tied: nn.Module | None, *, kernels: bool) -> None:
-    """Put a PackedLinear, with its SubLN, or a PackedEmbedding in the place of the empty module `name`.
-
-    `tied`: the head that shares the embedding's table.
-    """
-    weight, modules = folder.weight(name), dict(model.named_modules())
-    empty = modules.get(name)
-    if getattr(getattr(empty, "weight", None), "shape", None) != weight.shape:
-        what = f"a packed {list(weight.shape)} matrix, but the model has {empty}"
-        raise PackedError(f"{folder.path / TENSORS}:{name}", what, COPY_AGAIN)
-    if isinstance(empty, nn.Embedding):
-        _replace(model, name, PackedEmbedding(weight, empty))
-        if tied is not None:
-            head = next(name for name, module in modules.items() if module is tied)
-            _replace(model, head, PackedLinear(weight, kernels=kernels))
-    elif isinstance(empty, nn.Linear):
-        _replace(model, name, PackedLinear(weight, empty.bias, norm=getattr(empty, "norm", None), kernels=kernels))
 
 
 def _replace(model: Any, name: str, module: nn.Module) -> None:

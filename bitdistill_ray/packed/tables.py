@@ -7,12 +7,13 @@ for every token: beside 2-bit linears a 16-bit head is most of what a token cost
     8    one scale a row, rounded to nearest: the logits hardly feel it
     4    a scale and a zero point for 32 weights, each range clipped where that makes the squared error smaller
 
-What it costs a model is measured, and printed, by `evaluation.head_cost`.
+Activations are quantised in front of the head where they are in front of the model's linears.  What packed tables cost
+a model is measured, and printed, by `evaluation.head_cost`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from enum import IntEnum
 from typing import Any
 
@@ -46,17 +47,23 @@ SPECS = {
 
 def packed_tables(model: Any, bits: HeadBits) -> dict[str, PackedWeight]:
     """The packed embedding and, where it is another matrix and not packed as a linear already, the head, by name."""
-    return {name: _packed(table, SPECS[bits], name) for name, table in _tables(model)} if bits in SPECS else {}
+    linears = {m.spec.activation_bits for m in model.modules() if isinstance(m, QuantLinear) and m.spec is not None}
+    spec = table_spec(bits, min(linears, key=lambda bits: bits or HeadBits.SIXTEEN))
+    return {} if spec is None else {name: _packed(table, spec, name) for name, table in tables(model).items()}
 
 
-def _tables(model: Any) -> Iterator[tuple[str, nn.Module]]:
+def table_spec(bits: HeadBits, activation_bits: int | None) -> QuantSpec | None:
+    """How tables of so many bits are packed; None: they are not.  `activation_bits` is that of the linears."""
+    return replace(SPECS[bits], activation_bits=activation_bits) if bits in SPECS else None
+
+
+def tables(model: Any) -> dict[str, nn.Module]:
+    """The embedding and, where it is another matrix and no quantised linear, the head, by name."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tables = {id(embedding.weight): embedding}
+    found = {id(embedding.weight): embedding}
     if not (isinstance(head, QuantLinear) and head.spec is not None):
-        tables.setdefault(id(head.weight), head)
-    for name, module in model.named_modules():
-        if any(module is table for table in tables.values()):
-            yield name, module
+        found.setdefault(id(head.weight), head)
+    return {n: module for n, module in model.named_modules() if any(module is table for table in found.values())}
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bitdistill_kernels import instruction_sets, set_instruction_set, set_threads, threads
 from bitdistill_kernels.decoder import CacheType
-from bitdistill_ray.bench.shapes import RandomHead
 from bitdistill_ray.core import Format, Granularity, QuantSpec
 from bitdistill_ray.decode.base import CapacityError, Decoder
 from bitdistill_ray.decode.cache import SlotCache
@@ -192,17 +191,6 @@ def test_a_sequence_has_the_same_bits_whatever_surrounds_it(cache: CacheType) ->
                     seen[i].append(logits_V)
         texts.append(torch.stack([torch.stack(seen[i]) for i in seen]))
     assert all(torch.equal(texts[0], other) for other in texts[1:])
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("case", ["qwen3", "qwen3-untied"])
-def test_a_packed_head_is_the_embedding_too_where_they_are_tied(case: str, bits: int, rounded_torch: Any) -> None:
-    model = tiny_model(case)
-    head = RandomHead.of(model, bits).weight
-    native = read_and_step(NativeDecoder(model, slots=1, slot_tokens=64, head=head))
-    with torch.no_grad():
-        model.get_output_embeddings().weight.copy_(head.rows(torch.arange(VOCAB_SIZE)))
-    assert_near(native, read_and_step(rounded_torch(model, CacheType.FP16)), most=0.1, mean=0.02)
 
 
 @pytest.mark.parametrize("bits", [HeadBits.EIGHT, HeadBits.FOUR])
