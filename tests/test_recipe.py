@@ -150,7 +150,7 @@ def test_a_key_far_from_all_others_gets_the_list() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("quant.format=int4", "quant.format: 'int4': input should be 'ternary', 'int2'"),
+        ("quant.format=int5", "quant.format: 'int5': input should be 'ternary', 'int2'"),
         ("stages.distill.tokens=abc", "stages.distill.tokens: 'abc': input should be a valid integer"),
         ("student.zero=5", "student.zero: 5: input should be 0, 1, 2 or 3"),
         ("stages.distil={}", "stages.distil: there is no stage of kind 'distil'. Did you mean 'distill'?"),

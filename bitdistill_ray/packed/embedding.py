@@ -27,14 +27,14 @@ class PackedEmbedding(PackedModule):
         """In the place of `empty`, with its scale if it has one."""
         super().__init__(packed, "packed embedding")
         self.num_embeddings, self.embedding_dim = packed.shape
-        self.embed_scale: float = getattr(empty, "scalar_embed_scale", 1.0)
+        self.scalar_embed_scale: float = getattr(empty, "scalar_embed_scale", 1.0)
         self.register_buffer("dtype_like", torch.empty(0, dtype=empty.weight.dtype), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Raises IndexError for an id outside the table."""
         dtype = self.dtype_like.dtype
         rows = dequantize(unpack(self._rows(ids.flatten()))).to(dtype).reshape(*ids.shape, self.embedding_dim)
-        return rows if self.embed_scale == 1.0 else rows * torch.tensor(self.embed_scale, dtype=dtype)
+        return rows if self.scalar_embed_scale == 1.0 else rows * torch.tensor(self.scalar_embed_scale, dtype=dtype)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

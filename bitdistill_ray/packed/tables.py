@@ -48,7 +48,7 @@ SPECS = {
 def packed_tables(model: Any, bits: HeadBits) -> dict[str, PackedWeight]:
     """The packed embedding and, where it is another matrix and not packed as a linear already, the head, by name."""
     linears = {m.spec.activation_bits for m in model.modules() if isinstance(m, QuantLinear) and m.spec is not None}
-    spec = table_spec(bits, min(linears, key=lambda bits: bits or HeadBits.SIXTEEN))
+    spec = table_spec(bits, min(linears, key=lambda bits: bits or HeadBits.SIXTEEN, default=None))
     return {} if spec is None else {name: _packed(table, spec, name) for name, table in tables(model).items()}
 
 

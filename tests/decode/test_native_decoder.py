@@ -145,7 +145,7 @@ def test_weight_only_formats_with_int8_activations_on_request(
     monkeypatch.setattr(
         linear,
         "fake_quantize_activation",
-        lambda x, bits: fake_quantize_activation(x.unflatten(-1, (-1, 16)), bits).flatten(-2),
+        lambda x, bits, **_: fake_quantize_activation(x.unflatten(-1, (-1, 16)), bits).flatten(-2),
     )
     expected = read_and_step(rounded_torch(student("llama", ALL), CacheType.FP16))
     assert_near(native, expected, most=3e-2, mean=1e-3)
