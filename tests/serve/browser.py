@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -71,7 +73,7 @@ def tab(url: str, folder: Path, *, width: int, height: int) -> Iterator[Tab]:
     """A browser that shows `url` in a window of that size."""
     command = [chromium() or "", "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
                f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         try:
             line = next(line for line in process.stderr if "DevTools listening on" in line)
@@ -87,4 +89,4 @@ def tab(url: str, folder: Path, *, width: int, height: int) -> Iterator[Tab]:
                 page.until("location.href !== 'about:blank' && document.readyState === 'complete'")
                 yield page
         finally:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # the browser may be the child of a script
