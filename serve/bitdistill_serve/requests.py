@@ -7,6 +7,7 @@ otherwise.  A few only label a request (`user`, `metadata`); they change no answ
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -154,9 +155,9 @@ class GenerationRequest(Named):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """How many likelier tokens are told beside each token; None: no log-probabilities at all."""
-        raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:
