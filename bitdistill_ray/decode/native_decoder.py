@@ -19,10 +19,10 @@ from torch import Tensor
 from bitdistill_kernels.decoder import CacheType
 from bitdistill_kernels.decoder import NativeDecoder as Library
 from bitdistill_ray.decode.native_model import native_model
-from bitdistill_ray.decode.slot_book import SlotBook
+from bitdistill_ray.decode.slot_book import SlotBook, Slotted
 
 
-class NativeDecoder:
+class NativeDecoder(Slotted):
     """A `Decoder` (see `decode.base`) over a packed or full-precision model on the CPU."""
 
     def __init__(
@@ -53,26 +53,6 @@ class NativeDecoder:
         return cls(model, slots=slots, slot_tokens=slot_tokens)
 
     @property
-    def slots(self) -> int:
-        return self._book.slots
-
-    @property
-    def slot_tokens(self) -> int:
-        return self._book.slot_tokens
-
-    @property
-    def capacity(self) -> int:
-        return self.slots * self.slot_tokens
-
-    @property
-    def free_slots(self) -> int:
-        return self._book.free_slots
-
-    @property
-    def vocab_size(self) -> int:
-        return self._book.vocab_size
-
-    @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
@@ -80,18 +60,6 @@ class NativeDecoder:
     def cache_bytes(self) -> int:
         """Bytes of keys and values when every slot is full."""
         return self._library.cache_bytes
-
-    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
-        return self._book.admit(ids, reuse)
-
-    def pending(self, slot: int) -> int:
-        return self._book.pending(slot)
-
-    def length(self, slot: int) -> int:
-        return self._book.length(slot)
-
-    def free(self, slot: int) -> None:
-        self._book.free(slot)
 
     def prefill(self, slots: Sequence[int], max_tokens: int) -> list[Tensor | None]:
         chunks = self._book.chunks(slots, max_tokens)

@@ -133,3 +133,41 @@ class SlotBook:
         for slot in slots:
             if not self._sequences[slot].live or (self.pending(slot) > 0) is not pending:
                 raise ValueError(f"slot {slot} is {'not waiting for prefill' if pending else 'not ready to step'}")
+
+
+class Slotted:
+    """What every decoder over a `SlotBook` answers alike (see `decode.base`)."""
+
+    _book: SlotBook
+
+    @property
+    def slots(self) -> int:
+        return self._book.slots
+
+    @property
+    def slot_tokens(self) -> int:
+        return self._book.slot_tokens
+
+    @property
+    def capacity(self) -> int:
+        return self.slots * self.slot_tokens
+
+    @property
+    def free_slots(self) -> int:
+        return self._book.free_slots
+
+    @property
+    def vocab_size(self) -> int:
+        return self._book.vocab_size
+
+    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
+        return self._book.admit(ids, reuse)
+
+    def pending(self, slot: int) -> int:
+        return self._book.pending(slot)
+
+    def length(self, slot: int) -> int:
+        return self._book.length(slot)
+
+    def free(self, slot: int) -> None:
+        self._book.free(slot)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitdistill_ray.decode.cache import SlotCache
-from bitdistill_ray.decode.slot_book import SlotBook
+from bitdistill_ray.decode.slot_book import SlotBook, Slotted
 from bitdistill_ray.decode.step_graphs import StepGraphs
 from bitdistill_ray.errors import ModelError
 from bitdistill_ray.model.heads import LMHead
@@ -23,7 +23,7 @@ from bitdistill_ray.model.heads import LMHead
 MASKED_ATTENTION = ("sdpa", "eager")  # the implementations that take an additive 4-D mask
 
 
-class TorchDecoder:
+class TorchDecoder(Slotted):
     """A `Decoder` (see `decode.base`) over any causal LM with full or sliding-window attention."""
 
     def __init__(
@@ -40,16 +40,14 @@ class TorchDecoder:
         self.model = model.eval()
         self._base, self._head = model.base_model, LMHead(model)
         self._device: torch.device = model.device
-        self._slot_tokens: int = min(slot_tokens, config.max_position_embeddings)
-        self._cache = SlotCache(config, rows=slots, tokens=self._slot_tokens, dtype=model.dtype, device=self._device)
+        tokens = min(slot_tokens, config.max_position_embeddings)
+        self._cache = SlotCache(config, rows=slots, tokens=tokens, dtype=model.dtype, device=self._device)
         devices = {parameter.device for parameter in model.parameters()}
         replayed = (self._device.type == "cuda" and len(devices) == 1) if graphs is None else graphs
         self._graphs = StepGraphs(self._cache, self._run) if replayed else None
         self._row_of_slot = list(range(slots))
         self._slot_of_row = list(range(slots))
-        self._book = SlotBook(
-            slots, self._slot_tokens, int(config.vocab_size), self._copy, order=lambda: self._slot_of_row
-        )
+        self._book = SlotBook(slots, tokens, int(config.vocab_size), self._copy, order=lambda: self._slot_of_row)
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu", *, slots: int = 8, slot_tokens: int = 2048) -> Self:
@@ -60,40 +58,8 @@ class TorchDecoder:
         return cls(model, slots=slots, slot_tokens=slot_tokens)
 
     @property
-    def slots(self) -> int:
-        return self._book.slots
-
-    @property
-    def slot_tokens(self) -> int:
-        return self._slot_tokens
-
-    @property
-    def capacity(self) -> int:
-        return self.slots * self.slot_tokens
-
-    @property
-    def free_slots(self) -> int:
-        return self._book.free_slots
-
-    @property
-    def vocab_size(self) -> int:
-        return self._book.vocab_size
-
-    @property
     def device(self) -> torch.device:
         return self._device
-
-    def admit(self, ids: Sequence[int], *, reuse: int = 0) -> int:
-        return self._book.admit(ids, reuse)
-
-    def pending(self, slot: int) -> int:
-        return self._book.pending(slot)
-
-    def length(self, slot: int) -> int:
-        return self._book.length(slot)
-
-    def free(self, slot: int) -> None:
-        self._book.free(slot)
 
     def prefill(self, slots: Sequence[int], max_tokens: int) -> list[Tensor | None]:
         chunks = self._book.chunks(slots, max_tokens)
