@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import uuid
@@ -10,9 +11,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+gc.disable()  # until the imports are done: see `pytest_collection_finish`
 torch.set_num_threads(2)
 if not torch.cuda.is_available():  # Triton reads it when it is first imported: without a GPU kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What torch, transformers and Ray left behind by being imported stays: no collection need look at it again.
+
+    A full one takes half a second with it, and tests that measure memory ask for many.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

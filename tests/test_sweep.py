@@ -146,14 +146,14 @@ def test_rows_behind_a_row_that_fails_are_left_out_and_others_are_not(
 ) -> None:
     rows = [
         sweep.Row(name=name, arguments=("demo", *more), config=recipe.load("demo"), waits_for=before)
-        for name, before, more in (("bad", (), ["stages.clpi=1"]), ("behind", ("bad",), ()), ("plan", (), ["--plan"]))
+        for name, before, more in (("bad", (), ["stages.clpi=1"]), ("behind", ("bad",), ()), ("help", (), ["--help"]))
     ]
     finished = sweep.sweep(rows, [sweep.Place()], tmp_path)
-    assert [row.name for row in finished] == ["plan"]
+    assert [row.name for row in finished] == ["help"]
     printed = capsys.readouterr().out
     assert f"[bad] failed, {tmp_path / 'bad.log'}: error: stages.clpi" in printed
     assert "[behind] left out, since bad did not come to its end" in printed
-    assert "teacher" in (tmp_path / "plan.log").read_text(encoding="utf-8")
+    assert "RECIPE" in (tmp_path / "help.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
