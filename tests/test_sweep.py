@@ -196,7 +196,8 @@ def test_a_sweep_that_is_told_to_stop_ends_its_rows(tmp_path: Path, number: int,
         assert process.stderr is not None
         while not process.stdout.readline().startswith("[only] begins"):
             assert process.poll() is None
-        assert wait_for(lambda: "[write] begins" in (tmp_path / "table/logs/only.log").read_text(encoding="utf-8"))
+        log = tmp_path / "table/logs/only.log"  # made after that line was printed
+        assert wait_for(lambda: log.exists() and "[write] begins" in log.read_text(encoding="utf-8"))
         process.send_signal(number)
         said = process.stderr.read()
     assert process.returncode == status
