@@ -72,6 +72,25 @@ class Metrics:
         return histogram.labels(**self._labels)
 
 
+class RouterMetrics:
+    """What a router knows beside the pages of its models."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        self._registry = CollectorRegistry()
+        self._resent = Counter(PREFIX + "resent", "Requests sent again, for a replica died before it had said anything",
+                               ["model"], registry=self._registry)  # fmt: skip
+        for model in models:
+            self._resent.labels(model=model)
+
+    def resent(self, model: str) -> None:
+        """One more."""
+        self._resent.labels(model=model).inc()
+
+    def text(self) -> bytes:
+        """The page."""
+        return bytes(generate_latest(self._registry))
+
+
 def resident_bytes() -> int | None:
     """Memory that this process has now, where the system tells."""
     with suppress(OSError):
