@@ -173,8 +173,9 @@ async def chat_completions(
 ) -> Response | BaseModel:
     """Answer the last message."""
     _check_name(service, body.model)
-    generations = await service.prompts.chat(body)
-    answer = ChatAnswer(**_envelope(service, request, "chatcmpl", body, generations))
+    chat = await service.prompts.chat(body)
+    envelope = _envelope(service, request, "chatcmpl", body, chat.generations)
+    answer = ChatAnswer(**envelope, reader=chat.reader, called=service.metrics.tool_calls.inc)
     return await _answer(service, client, body, answer)
 
 

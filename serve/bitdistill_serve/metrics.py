@@ -32,6 +32,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts").labels(**self._labels)
         self.cached_tokens = self._counter("cached_tokens", "Of those, already in the cache").labels(**self._labels)
         self.tokens = self._counter("generated_tokens", "Tokens generated").labels(**self._labels)
+        self.tool_calls = self._counter("tool_calls", "Calls of tools in answers").labels(**self._labels)
         self.ends = self._counter("generations", "Generations ended", "end")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival", FIRST_TOKEN_S)
         self.token = self._histogram("time_per_token_seconds", "Between tokens of a stream", TOKEN_S)
