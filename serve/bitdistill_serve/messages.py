@@ -99,8 +99,8 @@ class Message(Strict):
 class Function(Strict):
     """A function that the model may call; `parameters` is the JSON schema of an object, none: it takes no arguments.
 
-    A call that was asked for (`tool_choice`) is always `strict`: of that schema.  One of the model's own accord has the
-    arguments that the model wrote.
+    A call that was asked for (`tool_choice`) is always of that schema, one of the model's own accord where the function
+    is `strict`; else it has the arguments that the model wrote.
     """
 
     name: FunctionName

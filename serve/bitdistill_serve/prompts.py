@@ -76,9 +76,10 @@ class Prompts:
         def prepared() -> tuple[list[int], Grammar | None, ToolForm | None]:
             prompt = self._templated(request.messages, [tool.for_template() for tool in request.offered])
             form = self._form() if request.offered else None
-            if form is None or not request.must_call:
+            if form is None or not (request.must_call or request.may_call_strictly):
                 return prompt, self._grammars.compile(request), form
-            lark = form.grammar(request.must_call, several=request.parallel_tool_calls)
+            write = form.must if request.must_call else form.may
+            lark = write(request.must_call or request.may_call_strictly, several=request.parallel_tool_calls)
             return prompt, self._grammars.of_calls(lark), form
 
         prompt, grammar, form = await self._in_thread(prepared)

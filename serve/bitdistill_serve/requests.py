@@ -212,12 +212,12 @@ class ChatCompletionRequest(GenerationRequest):
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise refused("invalid_value", "{name} must have different names", "tools")
-        if self.tool_choice in ("none", "auto"):
-            return self
-        if not self.must_call:
+        if self.tool_choice not in ("none", "auto") and not self.must_call:
             raise refused("invalid_value", "{name} asks for a function that is not among the tools", "tool_choice")
-        if self.constrained:
+        if self.constrained and self.must_call:
             raise refused("invalid_value", "{name}: a text can have one constraint", "tool_choice")
+        if self.constrained and self.may_call_strictly:
+            raise refused("invalid_value", "{name}: a strict function is a constraint; a text can have one", "tools")
         return self
 
     @property
@@ -232,6 +232,12 @@ class ChatCompletionRequest(GenerationRequest):
             return []
         chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
         return [tool.function for tool in self.tools if chosen in (None, tool.function.name)]
+
+    @property
+    def may_call_strictly(self) -> list[Function]:
+        """The functions that the model may call, where one of them is `strict`; else none."""
+        functions = [tool.function for tool in self.tools] if self.tool_choice == "auto" else []
+        return functions if any(function.strict for function in functions) else []
 
     @property
     def alternatives(self) -> int | None:

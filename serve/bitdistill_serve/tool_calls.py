@@ -82,7 +82,7 @@ class CallReader:
     def _certain(self) -> Iterator[Read]:
         while True:
             if self._state is _State.START:
-                if not (begin := self._held.lstrip()):
+                if not (begin := self._held.lstrip(" \t\n\r")):  # what JSON and the grammars skip
                     return
                 bare = self._tag is None and begin[0] in "{["
                 self._state = _State.CALL if bare else _State.TEXT

@@ -3,15 +3,18 @@
 The template is given a chat in which the assistant has called functions of known names; what it writes around these
 names and their arguments is the form that the model was trained on, spaces included.  It is what `CallReader` reads and
 what a grammar makes a model write that is told to call (`tool_choice`): the frame to the letter, one of the allowed
-names, and arguments of that function's JSON schema.  A template that only tells its model of `<tool_call>`, and writes
-no earlier calls itself, has the form that goes by that tag (Qwen's, of Hermes).
+names, and arguments of that function's JSON schema.  A model that may call writes any text, and where one of the
+functions is `strict`, its calls are of the same grammar.
+
+A template that only tells its model of `<tool_call>`, and writes no earlier calls itself, has the form that goes by
+that tag (Qwen's, of Hermes).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -58,21 +61,43 @@ class ToolForm:
         """A reader of one answer, in which these may be called, `most` times."""
         return CallReader(frozenset(of.name for of in functions), self.tag, most=most)
 
-    def grammar(self, functions: Sequence[Function], *, several: bool) -> str:
-        """What an answer that calls one of these must be, `several` of them where the form has a place for that."""
+    def must(self, functions: Sequence[Function], *, several: bool) -> str:
+        """A grammar: call one of these, `several` of them where the form has a place for that."""
+        more = self._more() if several else ""
+        start = f"start: {_quoted(self.opening)} call {more} {_quoted(self.closing)}"
+        return "\n".join([start, *self._calls(functions, {of.name for of in functions})])
+
+    def may(self, functions: Sequence[Function], *, several: bool) -> str:
+        """A grammar: any text, and calls of these in it; what is not `strict` takes any arguments."""
+        if self.tag is None:
+            start = [
+                f"start: SPACE? ({_quoted(self.opening)} call {_quoted(self.closing)} | TEXT)?",
+                r"SPACE: /[ \t\n\r]+/",
+                r"TEXT: /([^ \t\n\r{\[]|\[[ \t\n\r]*[^ \t\n\r{])(.|\n)*|\[/",
+            ]
+        else:
+            tag = "".join(f"\\{c}" if not c.isalnum() and c not in "<>_" else c for c in self.tag.open)
+            more = self._more() if several and self.between and self.tag.open not in self.between else ""
+            block = f"{_quoted(self.opening.removeprefix(self.tag.open))} call {more} {_quoted(self.closing)}"
+            start = [
+                "start: (into block)* TEXT?" if several else "start: into block | TEXT?",
+                f"into[lazy]: /(.|\\n)*{tag}/",
+                f"TEXT: /(.|\\n)+/ & ~/(.|\\n)*{tag}(.|\\n)*/",
+                f"block: {block}",
+            ]
+        return "\n".join([*start, *self._calls(functions, {of.name for of in functions if of.strict})])
+
+    def _more(self) -> str:
+        return "" if self.between is None else f"({_quoted(self.between)} call){{0,{MOST_CALLS - 1}}}"
+
+    def _calls(self, functions: Sequence[Function], strict: set[str]) -> Iterator[str]:
         style = {"whitespace_flexible": False, "item_separator": self.comma, "key_separator": self.colon}
-        more = ""
-        if several and self.between is not None:
-            more = f"({_quoted(self.between)} call){{0,{MOST_CALLS - 1}}}"
-        rules = [
-            f"start: {_quoted(self.opening)} call {more} {_quoted(self.closing)}",
-            f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}",
-        ]
+        yield f"call: {' | '.join(f'call_{i}' for i in range(len(functions)))}"
         for i, function in enumerate(functions):
             schema = {"type": "object"} | function.parameters if function.parameters else NO_PARAMETERS
-            rules.append(f"call_{i}: {_quoted(function.name + self.middle)} arguments_{i}")
-            rules.append(f"arguments_{i}: %json {json.dumps(schema | {'x-guidance': style})}")
-        return "\n".join(rules)
+            schema = (schema if function.name in strict else {"type": "object"}) | {"x-guidance": style}
+            yield f"call_{i}: {_quoted(function.name + self.middle)} arguments_{i}"
+            yield f"arguments_{i}: %json {json.dumps(schema)}"
 
     @classmethod
     def _around(cls, written: str) -> ToolForm | None:

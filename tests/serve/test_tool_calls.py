@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitdistill_serve.grammar import Grammar, Grammars
 from bitdistill_serve.messages import Function
 from bitdistill_serve.tool_calls import Call, CallReader, Read, Tag
 from bitdistill_serve.tool_forms import HERMES, ToolForm
+from tests.serve.references import EOS_ID, prompt_ids
 from tests.serve.tool_templates import FAMILIES, LLAMA3, QWEN3, SMOLLM2, TOLD_ONLY, XML, tokenizer_with, written
+from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 NAMES = ("get_weather", "add-2")
 TAG = Tag("<tool_call>", "</tool_call>")
@@ -126,6 +129,43 @@ def test_calls_beyond_the_most_are_dropped() -> None:
 def form_of(template: str) -> ToolForm | None:
     tokenizer = tokenizer_with(template)
     return ToolForm.of(lambda turns: str(tokenizer.apply_chat_template(turns, tokenize=False)))
+
+
+WEATHER = Function(
+    name="get_weather",
+    strict=True,
+    parameters={"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"],
+                "additionalProperties": False},
+)  # fmt: skip
+FREE = ["", "3 < 4", "<tool_cal", "Well {", " \n", "雨が <tools>", "[1] says", "["]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_strict_function_is_called_by_its_schema_or_not_at_all(family: str) -> None:
+    form = form_of(FAMILIES[family])
+    assert form is not None
+    grammars = Grammars(tiny_tokenizer(), vocab_size=VOCAB_SIZE, stop_ids=[EOS_ID])
+    loose = Function(name="add-2", parameters=WEATHER.parameters)
+    for several in (True, False):
+        grammar = grammars.of_calls(form.may([WEATHER, loose], several=several))
+
+        def takes(text: str, grammar: Grammar = grammar) -> bool:
+            matcher, ids = grammar.matcher.deep_copy(), list(prompt_ids(text))
+            return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+        def calls(*cities: str, name: str = "get_weather") -> str:
+            return written(FAMILIES[family], [(name, {"city": city}) for city in cities])
+
+        said = "" if family == "llama3" else "Let me see.\n"
+        assert [text for text in FREE if not takes(text)] == []
+        assert takes(said + calls("Rome"))
+        assert takes(said + calls("Bonn", name="add-2"))
+        assert not takes(said + calls("Bonn"))
+        assert not takes(said + calls("Rome", name="other"))
+        if family != "llama3":
+            assert takes(calls("Rome", "Oslo")) == several
+            assert takes(calls("Rome") + " Done.") == several
+            assert not takes(calls("Rome", "Bonn"))
 
 
 def test_the_form_is_what_the_template_writes() -> None:

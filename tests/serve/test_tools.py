@@ -18,7 +18,7 @@ from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_serve.tool_forms import MOST_CALLS
 from tests.serve.in_process import CHAT, Json, ask, error, events, serving
 from tests.serve.references import greedy, prompt_ids
-from tests.serve.tool_templates import FAMILIES, QWEN3, SMOLLM2, TOLD_ONLY, XML, tokenizer_with, written
+from tests.serve.tool_templates import FAMILIES, LLAMA3, QWEN3, SMOLLM2, TOLD_ONLY, XML, tokenizer_with, written
 from tests.tiny_models import tiny_model, tiny_tokenizer
 
 WEATHER: Json = {
@@ -129,6 +129,16 @@ def test_a_call_of_the_models_own_accord_is_read(family: str) -> None:
         assert first["usage"]["completion_tokens"] < len(prompt_ids(said + written(QWEN3, calls[:1]))) + 2
 
 
+def test_a_strict_function_that_is_called_of_the_models_own_accord_gets_valid_arguments() -> None:
+    tools = [{"type": "function", "function": WEATHER | {"strict": True}}, TOOLS[1]]
+    begins = str(prompt_ids("{")[0])
+    choice = choice_of(LLAMA3, MANY | {"tools": tools, "seed": 5, "logit_bias": {begins: 60}})
+    assert choice["finish_reason"] == "tool_calls"
+    check(choice["message"]["tool_calls"][0]["function"])
+    free = choice_of(LLAMA3, MANY | {"tools": tools, "max_tokens": 8, "logit_bias": {begins: -100}})
+    assert free["message"]["content"]
+
+
 def test_a_call_cut_by_the_limit_stays_text() -> None:
     text = written(QWEN3, [ROME])
     choice = choice_of(QWEN3, CHAT | {"tools": TOOLS, "max_tokens": 20, "guided_choice": [text]})
@@ -216,6 +226,11 @@ DEEP: Json = {"type": "object", "properties": {"a": json.loads('{"items":' * 400
         ({"tool_choice": "any"}, "tool_choice", ""),
         ({"tool_choice": "required", "guided_regex": "a"}, "tool_choice", "one constraint"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice", "one constraint"),
+        (
+            {"guided_regex": "a", "tools": [{"type": "function", "function": NOW | {"strict": True}}]},
+            "tools",
+            "one",
+        ),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "tools", "different names"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         (
