@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from bitdistill_serve.app import build
 from bitdistill_serve.metrics import Metrics, merged
 from tests.serve.in_process import GREEDY, serving
 
-SHIPPED = Path(__file__).resolve().parents[2] / "cluster" / "serve.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "cluster" / "serve.yaml"
 
 
 def label(sample: Any) -> str | None:
@@ -65,6 +69,14 @@ def test_a_model_with_several_replicas_is_behind_a_router_and_shares_the_rates_o
     assert made["router"].num_replicas == 3  # 320 streams
     assert set(deployments(build(given | {"keys": "keys.json"}))) == {"router", "decoder", "rates"}
     assert set(deployments(build({"model": "m", "keys": "keys.json"}))) == {"decoder"}
+
+
+@pytest.mark.parametrize("module", ["router", "ledger"])
+def test_what_holds_no_engine_imports_no_torch(module: str) -> None:
+    program = f"import sys, bitdistill_serve.{module}; print(sorted({{'torch', 'transformers'}} & {{*sys.modules}}))"
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "serve")))}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
 
 
 def test_models_must_be_told_apart() -> None:
