@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from bitdistill_ray.config import Config
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.shipped import read_shipped, shipped
+from bitdistill_ray.shipped import read_shipped, read_yaml, shipped
 from bitdistill_ray.stage_config import StageConfig
 
 DEFAULT, RECIPES = "demo", "recipes"
@@ -68,7 +68,7 @@ def read_tree(name: str, *, folder: str, noun: str) -> dict[str, Any]:
         hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(known)}; or give a .yaml path"
         raise ConfigError(noun, f"there is none called {name!r}", hint)
     try:
-        tree = yaml.safe_load(text)
+        tree = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(name, f"not YAML: {' '.join(str(error).split())}", "Mend the file") from None
     if not isinstance(tree, dict):
@@ -84,7 +84,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(override, "not an override", "Write KEY=VALUE, such as stages.distill.tokens=2e6")
     try:
-        value = float(text) if _EXPONENT.fullmatch(text) else yaml.safe_load(text)
+        value = float(text) if _EXPONENT.fullmatch(text) else read_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(path, f"{text!r} is not a YAML value", "Quote it") from None
     *parents, leaf = path.split(".")

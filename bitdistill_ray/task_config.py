@@ -10,11 +10,10 @@ from __future__ import annotations
 import difflib
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator
 
 from bitdistill_ray.errors import ConfigError
-from bitdistill_ray.shipped import read_shipped, shipped
+from bitdistill_ray.shipped import read_shipped, read_yaml, shipped
 
 TASKS = "tasks"  # folder of the package
 
@@ -33,7 +32,7 @@ def with_task(value: Any, *, split: Literal["train", "test"]) -> Any:
         near = difflib.get_close_matches(name, shipped(TASKS), 1)
         hint = f"Did you mean {near[0]!r}?" if near else f"Shipped: {', '.join(shipped(TASKS))}; or give a template"
         raise ConfigError("task", f"there is none called {name!r}", hint)
-    task: dict[str, Any] = yaml.safe_load(read_shipped(TASKS, name))
+    task: dict[str, Any] = read_yaml(read_shipped(TASKS, name))
     path = {"train": task.pop("train"), "test": task.pop("test")}[split]
     return {"name": name, "path": path, **task, **own}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import uuid
@@ -10,9 +11,20 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+gc.disable()  # until the imports are done: see `pytest_collection_finish`
 torch.set_num_threads(2)
 if not torch.cuda.is_available():  # Triton reads it when it is first imported: without a GPU kernels are interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish() -> None:
+    """What torch, transformers and Ray left behind by being imported stays: no collection need look at it again.
+
+    A full one takes half a second with it, and tests that measure memory ask for many.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -46,10 +58,15 @@ def s3_bucket(s3_endpoint: str) -> str:
 
 @pytest.fixture(scope="session")
 def ray_session(s3_endpoint: str) -> Iterator[None]:
-    """A Ray of this test session alone: 4 CPUs of one node, no dashboard; its workers know the S3 credentials."""
+    """A Ray of this test session alone: 4 CPUs of one node, no dashboard; its workers know the S3 credentials.
+
+    Ray Train looks at its workers every quarter of a second instead of every two: no test waits for its next look.
+    """
     import ray
 
     options = {"include_dashboard": False, "object_store_memory": 256 << 20, "log_to_driver": False}
-    ray.init(address="local", num_cpus=4, **options)  # "local": never another Ray of this machine
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        ray.init(address="local", num_cpus=4, **options)  # "local": never another Ray of this machine
+        yield
+        ray.shutdown()

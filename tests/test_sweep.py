@@ -146,22 +146,25 @@ def test_rows_behind_a_row_that_fails_are_left_out_and_others_are_not(
 ) -> None:
     rows = [
         sweep.Row(name=name, arguments=("demo", *more), config=recipe.load("demo"), waits_for=before)
-        for name, before, more in (("bad", (), ["stages.clpi=1"]), ("behind", ("bad",), ()), ("plan", (), ["--plan"]))
+        for name, before, more in (("bad", (), ["stages.clpi=1"]), ("behind", ("bad",), ()), ("help", (), ["--help"]))
     ]
     finished = sweep.sweep(rows, [sweep.Place()], tmp_path)
-    assert [row.name for row in finished] == ["plan"]
+    assert [row.name for row in finished] == ["help"]
     printed = capsys.readouterr().out
     assert f"[bad] failed, {tmp_path / 'bad.log'}: error: stages.clpi" in printed
     assert "[behind] left out, since bad did not come to its end" in printed
-    assert "teacher" in (tmp_path / "plan.log").read_text(encoding="utf-8")
+    assert "RECIPE" in (tmp_path / "help.log").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_a_sweep_makes_its_table_and_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "teacher-llama", "llama")
     common = [setting for setting in tiny_overrides(tmp_path) if not setting.startswith("run=")]
+    common += [f"data={tmp_path}/corpus.txt", "stages.write=false", "stages.evaluate.written=false",
+               "stages.distill.tokens=256"]  # fmt: skip
+    (tmp_path / "corpus.txt").write_text("the cat sat on the mat and looked at the rain\n" * 80, encoding="utf-8")
     lines = ["recipe: demo", f"run: {tmp_path}/table", "set:", *(f"  - {setting}" for setting in common),
-             "  - stages.write.texts=16", "rows:", "  clipped: [stages.distill=false]",
+             "rows:", "  clipped: [stages.distill=false]",
              '  kl: {branch: clipped, set: ["stages.distill.loss={forward_kl: 1, cakld: 0}"]}']  # fmt: skip
     (tmp_path / "table.yaml").write_text("\n".join(lines), encoding="utf-8")
     arguments = ["sweep", str(tmp_path / "table.yaml")]

@@ -22,7 +22,7 @@ from tests.bench.test_report import KEYS
 def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small pools and short windows; and the threads of this process as they were."""
     monkeypatch.setattr(limits, "POOL_BYTES", 1 << 20)
-    monkeypatch.setattr(timing, "WINDOW_S", 1e-3)
+    monkeypatch.setattr(timing, "WINDOW_S", 1e-4)
     before = torch.get_num_threads(), bitdistill_kernels.threads()
     yield
     torch.set_num_threads(before[0])

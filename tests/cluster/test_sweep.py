@@ -25,9 +25,8 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def _launch(ec2: Any, cluster: str, node_type: str) -> str:
     tags = [{"Key": CLUSTER_TAG, "Value": cluster}, {"Key": NODE_TYPE_TAG, "Value": node_type}]
-    image = ec2.describe_images()["Images"][0]["ImageId"]
     launched = ec2.run_instances(
-        ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
+        ImageId="ami-12c6146b", MinCount=1, MaxCount=1, TagSpecifications=[{"ResourceType": "instance", "Tags": tags}]
     )
     instance_id: str = launched["Instances"][0]["InstanceId"]
     return instance_id

@@ -84,7 +84,7 @@ def test_a_source_in_a_mixture_has_the_order_it_has_alone(
         feeder.close()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.lists(st.integers(0, STEPS - 1), max_size=4, unique=True).map(sorted), ranks=st.sampled_from([1, 2, 3]))
 def test_interrupted_anywhere_and_resumed_is_uninterrupted(
     mixed: CorpusSpec, whole: list[tuple[BatchArrays, dict[str, Any]]], cuts: list[int], ranks: int

@@ -14,15 +14,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
 from bitdistill_ray.errors import ConfigError, DataError, ModelError, ResourceError, StorageError, TeacherError
 from bitdistill_ray.stages import room, training
 from bitdistill_ray.storage import Storage
-from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import main, run
 from tests.integration.curves import overrides_of
+from tests.integration.disturbed import infinite_gradient, nan_loss
 from tests.road import tiny_config, tiny_overrides
 from tests.tiny_models import save_tiny
 
@@ -167,21 +165,6 @@ while time.time() < deadline:
     time.sleep(0.01)
 sys.exit(1)
 """
-
-
-def nan_loss(settings: dict[str, TrainJob]) -> None:
-    """A worker whose model gives no finite loss."""
-    worker = Worker(settings["job"])
-    with torch.no_grad():
-        worker.model.get_input_embeddings().weight.fill_(float("nan"))
-    worker.run()
-
-
-def infinite_gradient(settings: dict[str, TrainJob]) -> None:
-    """A worker whose loss is fine and whose gradient is not."""
-    worker = Worker(settings["job"])
-    worker.model.get_input_embeddings().weight.register_hook(lambda grad: grad * float("inf"))
-    worker.run()
 
 
 @pytest.mark.parametrize(

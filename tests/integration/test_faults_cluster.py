@@ -12,17 +12,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
 from tests.integration.curves import TEXT, overrides_of, refined, rows_of, same_rows
-from tests.integration.test_faults_around import MICROS, disturbed
 from tests.road import tiny_config, tiny_overrides
 from tests.tiny_models import save_tiny
 
@@ -77,23 +73,6 @@ def script(code: str, folder: Path, ray_folder: Path, *overrides: str, **environ
     return log.read_text()
 
 
-def on_nodes_that_go(settings: dict[str, TrainJob]) -> None:
-    """In step 3 the teacher's node goes, in step 6 that of this worker, once; each time the worker stands still."""
-    worker = Worker(settings["job"])
-    folder = Path(worker.job.run.storage.url)
-
-    def lose(name: str) -> None:
-        if (folder / name).exists():
-            return
-        (folder / name).touch()
-        deadline = time.monotonic() + 120
-        while not (folder / f"{name} went").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    disturbed(worker, {3 * MICROS: lambda: lose("teacher"), 6 * MICROS: lambda: lose("student")})
-
-
 NODES = """
 import pathlib, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +81,7 @@ from ray._private.internal_api import memory_summary
 from ray.cluster_utils import Cluster
 from bitdistill_ray.stages import training
 from bitdistill_ray.train import main
-from tests.integration.test_faults_cluster import on_nodes_that_go
+from tests.integration.disturbed import on_nodes_that_go
 
 folder, store, cpus = pathlib.Path(sys.argv[1]), 78 << 20, {"teacher": 3, "student": 2}
 cluster = Cluster()

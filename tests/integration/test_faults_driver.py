@@ -7,18 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import ray
 
-from bitdistill_ray.student.entry import attempt
-from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
 from tests.integration.curves import STEPS, overrides_of, same_rows
-from tests.integration.test_faults_around import MICROS, disturbed
 from tests.road import tiny_config, tiny_overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -26,28 +21,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.m
 WAIT_S = 240.0
 
 
-def signals_the_driver(settings: dict[str, TrainJob]) -> None:
-    """Ray Train's entry: the driver gets SIGTERM in the third step of the attempt, another signal in the first."""
-    attempt(settings["job"], _signals_the_driver)
-
-
-def _signals_the_driver(job: TrainJob) -> None:
-    worker = Worker(job)
-    process, number = (int(word) for word in (Path(worker.job.run.storage.url) / "driver").read_text().split())
-
-    def signal_it() -> None:
-        os.kill(process, number)
-        while not ray.get(worker.job.monitor.is_stopping.remote()):
-            time.sleep(0.05)
-
-    disturbed(worker, {2 * MICROS if number == signal.SIGTERM else 0: signal_it})
-
-
 SIGNALLED = """
 import os, pathlib, sys
 from bitdistill_ray.stages import training
 from bitdistill_ray.train import main
-from tests.integration.test_faults_driver import signals_the_driver
+from tests.integration.disturbed import signals_the_driver
 pathlib.Path(sys.argv[1], "driver").write_text(f"{os.getpid()} {sys.argv[2]}")
 training.train_worker = signals_the_driver
 sys.exit(main(["demo", *sys.argv[3:]]))

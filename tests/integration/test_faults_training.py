@@ -6,9 +6,7 @@ student and are compared with one uninterrupted run.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -16,10 +14,9 @@ import torch
 
 from bitdistill_ray.errors import BitdistillError
 from bitdistill_ray.stages import training
-from bitdistill_ray.student.job import TrainJob
-from bitdistill_ray.student.worker import Worker
 from bitdistill_ray.train import run
 from tests.integration.curves import SEQUENCES, STEPS, overrides_of, rows_of, same_rows, student_of
+from tests.integration.disturbed import told_to_stop_and_killed, told_to_stop_once
 from tests.road import tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -29,34 +26,6 @@ RESUMED = rf"resumes at step [34] of {STEPS}"  # all ranks save after the step i
 
 def finish(folder: Path, *more: str) -> None:
     run(tiny_config(folder.parent, *overrides_of(folder.parent), *more, run=str(folder)))
-
-
-def interrupted(settings: dict[str, TrainJob], plan: tuple[tuple[int, int], ...]) -> None:
-    """A worker whose process gets signals: of each (signal, step) in turn, in that step of an attempt, from 0."""
-    worker = Worker(settings["job"])
-    came = Path(worker.job.run.storage.url) / "signals"
-    number, at = (*plan, (0, -1))[len(came.read_text().split()) if came.exists() else 0]
-    take_step, taken = worker.engine.step, [0]
-
-    def step() -> None:
-        if taken[0] == at * worker.micros:
-            with came.open("a") as file:
-                file.write(f"{number} ")
-            os.kill(os.getpid(), number)
-            assert worker.notice.told.wait(60)
-        taken[0] += 1
-        take_step()
-
-    worker.engine.step = step
-    worker.run()
-
-
-def told_to_stop_and_killed(settings: dict[str, TrainJob]) -> None:
-    interrupted(settings, ((signal.SIGTERM, 2), (signal.SIGKILL, 1)))
-
-
-def told_to_stop_once(settings: dict[str, TrainJob]) -> None:
-    interrupted(settings, ((signal.SIGTERM, 4),))
 
 
 def test_a_student_worker_that_is_told_to_stop_and_one_that_is_killed_resume_with_the_same_rows(

@@ -1,4 +1,4 @@
-"""The whole road at a tiny size, packed and the same (`test_job.py`: in object storage)."""
+"""The whole road at a tiny size, packed and the same (`tests/cluster/test_job.py`: in object storage)."""
 
 from __future__ import annotations
 
