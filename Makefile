@@ -13,7 +13,7 @@ CPP        = $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' 
 PYTEST     = $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast soak bench check types format clean
+.PHONY: help setup demo test test-fast soak bench bench-peers check types format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -46,6 +46,13 @@ bench: $(INSTALLED)  ## kernels, decoding, teacher, training and data at small s
 	@mkdir -p runs/bench
 	for kind in kernels decode teacher train data; do \
 	  $(BIN)/python -m bitdistill_ray.bench $$kind --json runs/bench/$$kind.json || exit; done
+
+bench-peers: $(INSTALLED)  ## ours beside llama.cpp, which is built first (about 15 minutes on 2 cores; JSON in runs/bench)
+	@mkdir -p runs/bench
+	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
+	  $(BIN)/python -m pip install $(PINS) --no-binary llama-cpp-python '.[peers]'
+	for threads in 1 2; do \
+	  $(BIN)/python -m bitdistill_ray.bench peers --threads $$threads --json runs/bench/peers-$$threads.json || exit; done
 
 check: $(INSTALLED)  ## lint, format, types and spelling, as in pre-commit
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ Nothing here computes; importing it costs neither torch nor ray, so that configu
 stay light.  Tensors carry shape suffixes:
 
     B batch   T time   V vocabulary   D hidden size   N out features   K in features   G groups of a row
-    H query heads   J key-value heads   C head size   S top-k entries
+    H query heads   J key-value heads   C head size   S top-k entries   L layers
 """
 
 from __future__ import annotations
@@ -238,6 +238,14 @@ class AttentionStates:
 
 
 @dataclass(slots=True, kw_only=True)
+class LayerStates:
+    """What some decoder layers gave, before the final norm: hidden_BLTD, L layers in the order of `layers`."""
+
+    layers: tuple[int, ...]
+    hidden_BLTD: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
 class TopK:
     """The teacher's S likeliest tokens: int32 ids and log-probabilities (fp16 or fp32), likeliest first, ties by id."""
 
@@ -267,6 +275,7 @@ class TeacherSignals:
     topk: TopK | None = None
     sampled: Sampled | None = None
     attention: AttentionStates | None = None
+    states: LayerStates | None = None
 
 
 @dataclass(slots=True, kw_only=True)

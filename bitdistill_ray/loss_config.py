@@ -54,6 +54,22 @@ class RelationConfig(Strict):
     causal: bool = False
 
 
+class StatesConfig(Strict):
+    """What some layers give, by its direction, beside what the teacher's at the same depth give."""
+
+    weight: float = Field(gt=0)
+    layers: Annotated[int, Field(ge=1)] | Annotated[tuple[int, ...], Field(min_length=1)] = 3
+    """Of the teacher: so many over its depth, the last of them the last but one; or their numbers, negative ones from
+    the end."""
+
+    def of(self, layers: int) -> tuple[int, ...]:
+        """The layers that are meant of a teacher of so many, counted from 0."""
+        if not isinstance(self.layers, int):
+            return tuple(layer % layers for layer in self.layers)
+        depths = [round((place + 1) * layers / self.layers) - 1 for place in range(self.layers)]
+        return tuple(dict.fromkeys(max(0, min(depth, layers - 2)) for depth in depths))
+
+
 class LossConfig(Strict):
     """A weighted sum of losses; what has weight 0 is not computed."""
 
@@ -74,11 +90,12 @@ class LossConfig(Strict):
     reduction: Literal["token-mean", "sequence-sum"] = "token-mean"
     """sequence-sum: summed over tokens, averaged over sequences (BitDistiller's code)."""
     relation: RelationConfig | None = None
+    states: StatesConfig | None = None
 
     @property
     def needs_teacher(self) -> bool:
         """False for plain cross-entropy."""
-        return self.relation is not None or any(getattr(self, kind) for kind in KLS)
+        return self.relation is not None or self.states is not None or any(getattr(self, kind) for kind in KLS)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -92,7 +109,8 @@ class LossConfig(Strict):
     def _comparable(self) -> LossConfig:
         weight = self.relation.weight if self.relation else None
         if isinstance(weight, AdaptiveWeight):
-            others = self.ce if weight.against == "ce" else self.ce or any(getattr(self, kind) for kind in KLS)
+            kls = any(getattr(self, kind) for kind in KLS)
+            others = self.ce if weight.against == "ce" else self.ce or kls or self.states
             if not others:
                 raise ConfigError("loss.relation.weight", f"adaptive against {weight.against}, which there are none of",
                                   "Give the other term a weight, or the relations a number")  # fmt: skip

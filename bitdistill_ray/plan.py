@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from bitdistill_ray.config import Config, TeacherConfig
 from bitdistill_ray.core import Granularity, Payload
 from bitdistill_ray.errors import ConfigError
+from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.recipe import dump
 from bitdistill_ray.runs import storage_opener
 from bitdistill_ray.shape import ModelShape, read_shape
@@ -25,7 +26,8 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
     """Check the configuration against both models; returns (teacher, student) shapes.
 
     Raises:
-        ConfigError: the vocabularies differ, a group is longer than a row, or a relation layer does not exist.
+        ConfigError: the vocabularies differ, a group is longer than a row, a relation layer does not exist, or the
+            states of layers differ in width.
     """
     opener = storage_opener(config.storage)
     teacher = read_shape(config.model.teacher, opener)
@@ -58,6 +60,12 @@ def preflight(config: Config) -> tuple[ModelShape, ModelShape]:
             if relation.student_layer is not None:
                 where = f"stages.{key}.loss.relation.student_layer"
                 _check_layers(where, (relation.student_layer,), student, whose="student")
+        if states := stage.loss.states:
+            if not isinstance(states.layers, int):
+                _check_layers(f"stages.{key}.loss.states.layers", states.layers, teacher)
+            if teacher.hidden != student.hidden:
+                raise ConfigError(f"stages.{key}.loss.states", f"a teacher of width {teacher.hidden}, a student of "
+                                  f"{student.hidden}", "Use loss.relation, which compares across widths")  # fmt: skip
     return teacher, student
 
 
@@ -127,7 +135,7 @@ def _training(name: str, stage: TrainStage, config: Config, teacher: ModelShape,
     line = f"{name:14} {tokens:,} tokens in {count:,} steps of {stage.batch_sequences} x {config.data.sequence_length}"
     flops = 6.0 * _count(student) * tokens
     if loss is not None and loss.needs_teacher:
-        wire = _wire_bytes(config, teacher, relation=loss.relation is not None)
+        wire = _wire_bytes(config, teacher, loss)
         speed = H100_BF16 * ASSUMED_MFU / (6.0 * _count(student)) * config.student.workers
         flops += 2.0 * _count(teacher) * tokens
         line += f"; teacher wire {wire:,} bytes/token ({config.teacher.payload}), " \
@@ -136,7 +144,7 @@ def _training(name: str, stage: TrainStage, config: Config, teacher: ModelShape,
     return f"{line}; {flops:.2e} FLOP, {flops / (H100_BF16 * ASSUMED_MFU * gpus) / 60:.1f} min on {gpus:g} H100 at 40 %"
 
 
-def _wire_bytes(config: Config, teacher: ModelShape, *, relation: bool) -> int:
+def _wire_bytes(config: Config, teacher: ModelShape, loss: LossConfig) -> int:
     payload = {
         Payload.HIDDEN: 2 * teacher.hidden,
         Payload.LOGITS: 2 * teacher.vocabulary,
@@ -144,7 +152,8 @@ def _wire_bytes(config: Config, teacher: ModelShape, *, relation: bool) -> int:
         Payload.SAMPLED: 6 * config.teacher.samples,
     }[config.teacher.payload]
     qkv = 2 * teacher.head_size * (teacher.heads + 2 * teacher.kv_heads)
-    return payload + (qkv if relation else 0)
+    states = 2 * teacher.hidden * len(loss.states.of(teacher.layers)) if loss.states else 0
+    return payload + (qkv if loss.relation else 0) + states
 
 
 def _student_bytes(student: ModelShape, config: Config) -> float:

@@ -64,9 +64,11 @@ def test_the_bytes_of_the_wire_are_those_of_an_answer(payload: str, relation: bo
     if payload == "sampled":
         overrides.append("stages.distill.loss={cakld: 0, forward_kl: 1}")
     if relation:
-        overrides.append("stages.distill.loss={cakld: 1, relation: {weight: 1, heads: 8, layer: 1}}")
+        overrides.append("stages.distill.loss={cakld: 1, relation: {weight: 1, heads: 8, layer: 1}, "
+                         "states: {weight: 1, layers: [0, 1]}}")  # fmt: skip
     planned = number(r"teacher wire ([\d,]+) bytes/token", describe(tiny(teacher, *overrides)))
-    request = SignalRequest(payload=Payload(payload), topk=5, samples=7, attention_layer=1 if relation else None)
+    request = SignalRequest(payload=Payload(payload), topk=5, samples=7, attention_layer=1 if relation else None,
+                            states_layers=(0, 1) if relation else ())  # fmt: skip
     batch = packed_batch([[9, 7], [12]], 16)
     answer = Teacher(str(teacher), dtype=Dtype.BF16, threads=1).score(wire.encode_batch(batch), request)
     assert planned * batch.ids_BT.numel() == wire.payload_bytes(answer)
@@ -126,6 +128,10 @@ RELATION = "stages.distill.loss={{cakld: 1, relation: {{weight: 1, heads: {heads
             "stages.distill.loss.relation.student_layer: 2 of a student with 2 layers. Give a layer from -2 to 1",
         ),
         (
+            "stages.distill.loss={cakld: 1, states: {weight: 1, layers: [0, 2]}}",
+            "stages.distill.loss.states.layers: 2 of a teacher with 2 layers. Give a layer from -2 to 1",
+        ),
+        (
             "stages.distill={tokens: 1, quant_warmup_steps: 1}",
             "stages.distill.quant_warmup_steps: 1 of 1 steps, so that no step would see what is exported. Give fewer",
         ),
@@ -142,6 +148,14 @@ def test_models_of_other_vocabularies_are_refused(teacher: Path, tmp_path: Path)
     student = save_tiny(tmp_path / "student", "qwen3", vocab_size=352)
     with pytest.raises(ConfigError, match=r"model\.student: has 352 tokens, the teacher 320\. Choose two models"):
         preflight(tiny(teacher, f"model.student={student}"))
+
+
+def test_models_of_other_widths_have_no_states_to_compare(teacher: Path, tmp_path: Path) -> None:
+    student = save_tiny(tmp_path / "student", "llama", hidden_size=64)
+    states = "stages.distill.loss={cakld: 1, states: {weight: 1}}"
+    with pytest.raises(ConfigError, match=r"loss\.states: a teacher of width 32, a student of 64"):
+        preflight(tiny(teacher, f"model.student={student}", states))
+    preflight(tiny(teacher, states))
 
 
 def test_models_of_other_heads_need_a_number_of_relation_heads(teacher: Path, tmp_path: Path) -> None:

@@ -219,3 +219,17 @@ def test_a_sweep_says_what_is_wrong_in_one_line(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().err.count("\n") == 1
     assert sweep.main(["int9"]) == 2
     assert "there is none called 'int9'. Shipped: " in capsys.readouterr().err
+
+
+def test_the_row_of_the_recipe_is_the_recipe_at_the_tables_budget() -> None:
+    """The table's other rows start and learn otherwise; this one undoes all of that."""
+    rows = {row.name: row.config for row in sweep.rows_of(load_table("int2-10m"), ["data=corpus"])}
+    as_shipped = recipe.load("bitdistiller-int2", ["data=corpus", "stages.write=false"])
+    found = rows["recipe"]
+    assert list(found.stages) == list(as_shipped.stages)
+    for key in ("refine", "reconstruct"):
+        assert found.stages[key] == as_shipped.stages[key]
+    at_budget = {"tokens": 10_000_000, "checkpoint_every": 300}
+    assert found.stages["distill"] == as_shipped.stages["distill"].model_copy(update=at_budget)
+    others = [config.stages.get("distill") for name, config in rows.items() if name != "recipe"]
+    assert found.stages["distill"] not in others

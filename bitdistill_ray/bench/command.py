@@ -1,9 +1,10 @@
-"""python -m bitdistill_ray.bench kernels|decode|serve|teacher|train|data [--device D] [--threads N] [--json FILE] …
+"""python -m bitdistill_ray.bench KIND [--device D] [--threads N] [--json FILE] …
 
 Measures, and never judges.  Every value stands beside a limit that was measured in the same run, and beside a baseline.
 
     kernels   low-bit products alone, for one token, a few and 128
     decode    tokens per second of a packed student, beside the model it came from; random ones unless named
+    peers     a known shape beside llama.cpp's own decoder (make bench-peers)
     serve     a server over HTTP beside the decoder alone: one stream, several, overload, a soak with killed replicas
     teacher   what a student gets from a teacher over the wire, beside the teacher's forward pass alone; and what its
               top-k answers cost in the cache
@@ -58,6 +59,15 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--prompt-tokens", type=int, default=128)
     decode.add_argument("--new-tokens", type=int, default=32)
     decode.set_defaults(run=_decode)
+
+    peers = kinds.add_parser("peers", parents=[shared])
+    peers.add_argument("--shape", default="1.1b-llama", metavar="NAME", help="default: 1.1b-llama")
+    peers.add_argument("--formats", default="ternary,int2:a8", help="of ours (default ternary,int2:a8)")
+    peers.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=8, help="of ours; the peers have 8")
+    peers.add_argument("--batch", type=int, default=1, help="sequences, beside one alone (default 1)")
+    peers.add_argument("--prompt-tokens", type=int, default=128)
+    peers.add_argument("--new-tokens", type=int, default=32)
+    peers.set_defaults(run=_peers)
 
     serve = kinds.add_parser("serve", parents=[shared])
     serve.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
@@ -169,6 +179,21 @@ def _decode(options: argparse.Namespace) -> list[Row]:
         return decode.measure_shape(options.shape, every, load, place, head_bits=options.head_bits)
     specs = [kernels.parse_format(name) for name in names]
     return decode.measure_random(specs, Size(), load, place)
+
+
+def _peers(options: argparse.Namespace) -> list[Row]:
+    import torch
+
+    from bitdistill_ray.bench import kernels, peers
+    from bitdistill_ray.bench.limits import Place
+    from bitdistill_ray.bench.subject import Load
+
+    if options.device != "cpu":
+        raise ConfigError("--device", options.device, "Leave it at cpu, which the peers' 2-bit types are for")
+    load = Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+    place = Place.of(torch.device("cpu"), options.threads)
+    specs = [kernels.parse_format(name) for name in options.formats.split(",")]
+    return peers.measure(options.shape, specs, load, place, head_bits=options.head_bits)
 
 
 def _serve(options: argparse.Namespace) -> list[Row]:

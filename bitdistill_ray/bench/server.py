@@ -19,7 +19,8 @@ from typing import Any
 from bitdistill_ray.errors import ServeError
 
 READY_S = 180.0
-REPLICA = b"ray::ServeReplica"
+REPLICA = b"ray::ServeReplica:"
+DECODER = b":decoder"  # the deployment's name; a router and the ledger of rates are replicas too
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,13 @@ class Server:
     def replicas(self) -> list[int]:
         """The processes that hold engines."""
         parents = _parents()
-        return [pid for pid in parents if _command(pid).startswith(REPLICA) and self.process in _line(pid, parents)]
+        return [
+            pid
+            for pid in parents
+            if (command := _command(pid)).startswith(REPLICA)
+            and DECODER in command
+            and self.process in _line(pid, parents)
+        ]
 
     def memory(self) -> int:
         """Bytes that the replicas keep in memory."""

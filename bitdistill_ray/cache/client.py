@@ -191,6 +191,8 @@ def open_cache(
         "coding": str(options.coding) if coder else None,
         "attention_layer": request.attention_layer,
     }
+    if request.states_layers:
+        about["states_layers"] = list(request.states_layers)
     folder = storage_opener(storage)(options.folder)
     store = CacheStore(folder, about, memory_bytes=options.memory_mib * MIB, say=say)
     store.open()

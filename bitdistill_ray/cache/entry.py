@@ -21,9 +21,9 @@ from bitdistill_ray.teacher.wire import Message
 
 Entry = dict[str, np.ndarray]
 RECORDS = "topk_records"
-LAYER = "attention_layer"
+LAYERS = ("attention_layer", "states_layers")  # numbers beside the arrays
 _TOPK = ("topk_ids", "topk_logprobs")
-_ABOUT = ("sequence_ids", "digest", LAYER)  # of a message, what is no array
+_ABOUT = ("sequence_ids", "digest", *LAYERS)  # of a message, what is no array
 
 
 def keys_of(arrays: BatchArrays) -> list[str]:
@@ -39,7 +39,7 @@ def entries_of(message: Message, coder: TopKCoder | None) -> list[Entry]:
         ids_BTS, logprobs_BTS = (arrays.pop(name) for name in _TOPK)
         records = coder.encode(_flat(ids_BTS), _flat(logprobs_BTS))
         arrays[RECORDS] = records.reshape(*ids_BTS.shape[:2], coder.token_bytes)
-    extra = {LAYER: np.array(message[LAYER])} if LAYER in message else {}
+    extra = {name: np.array(message[name]) for name in LAYERS if name in message}
     return [{**{name: array[row] for name, array in arrays.items()}, **extra}
             for row in range(len(message["sequence_ids"]))]  # fmt: skip
 
@@ -47,15 +47,16 @@ def entries_of(message: Message, coder: TopKCoder | None) -> list[Entry]:
 def message_of(entries: Sequence[Entry], coder: TopKCoder | None, sequence_ids: tuple[str, ...]) -> Message:
     """The answer to a batch again; the inverse of `entries_of` but for the digest."""
     message: dict[str, Any] = {
-        name: np.stack([entry[name] for entry in entries]) for name in entries[0] if name not in (RECORDS, LAYER)
+        name: np.stack([entry[name] for entry in entries]) for name in entries[0] if name not in (RECORDS, *LAYERS)
     }
     if coder is not None:
         records = np.stack([entry[RECORDS] for entry in entries])
         ids_nS, logprobs_nS = coder.decode(_flat(records))
         for name, values_nS in zip(_TOPK, (ids_nS, logprobs_nS), strict=True):
             message[name] = values_nS.reshape(*records.shape[:2], coder.entries)
-    if LAYER in entries[0]:
-        message[LAYER] = int(entries[0][LAYER])
+    for name in LAYERS:
+        if name in entries[0]:
+            message[name] = entries[0][name].tolist()
     return {**message, "sequence_ids": sequence_ids}
 
 

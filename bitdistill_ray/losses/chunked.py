@@ -24,17 +24,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitdistill_ray.core import AttentionStates, TeacherSignals
+from bitdistill_ray.core import AttentionStates, LayerStates, TeacherSignals
 from bitdistill_ray.errors import ConfigError, ModelError, TeacherError
 from bitdistill_ray.losses import fused
 from bitdistill_ray.losses.eager_gradient import Summed, weighted_sums
 from bitdistill_ray.losses.objective import Loss, Objective
 from bitdistill_ray.losses.reduction import Totals, divide, valid_sum
 from bitdistill_ray.losses.relation import attention_relation_loss
+from bitdistill_ray.losses.states import layer_states_loss
 from bitdistill_ray.losses.teacher_view import Head, ViewMaker, blank, teacher_views
 from bitdistill_ray.losses.terms import Comparison, term_values
 
-RELATION = "relation"  # its key in Loss.parts
+RELATION, STATES = "relation", "states"  # their keys in Loss.parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,7 @@ def chunked_loss(
     gamma: float | Tensor | None = None,
     segment_BT: Tensor | None = None,
     student_attention: AttentionStates | None = None,
+    student_states: LayerStates | None = None,
     totals: Totals | None = None,
     relation_weight: Tensor | None = None,
 ) -> Loss:
@@ -112,6 +114,7 @@ def chunked_loss(
     gamma              CAKLD's scalar (`Objective.scalar_gamma`)
     segment_BT         documents, -1 on padding; None: no padding, one document per sequence
     student_attention  for relations: the student's states of the layer it learns from `signals.attention`
+    student_states     for layer states: the student's layers that learn from `signals.states`, in its order
     totals             what sums are divided by; None: this micro-batch's own counts
     relation_weight    scalar in place of the objective's weight of relations
     """
@@ -150,6 +153,13 @@ def chunked_loss(
         )
         weight = objective.relation.weight if relation_weight is None else relation_weight
         parts[RELATION], value = part.detach(), value + weight * part
+    if objective.states is not None:
+        if student_states is None:
+            raise ModelError("layer states", "none of the student's", "Tap the student's layers")
+        if signals is None or signals.states is None:
+            raise TeacherError("layer states", "none in the teacher's signals", "Ask the teacher for some layers'")
+        part = layer_states_loss(student_states, signals.states, present_BT, total_tokens=totals.present)
+        parts[STATES], value = part.detach(), value + objective.states.weight * part
     return Loss(value=value, parts=parts, tokens=(labels_BT >= 0).sum())
 
 

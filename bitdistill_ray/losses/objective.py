@@ -1,6 +1,6 @@
 """Objective: what training minimises, as plain data.
 
-    L = sum_i weight_i * term_i  +  relation.weight * attention relations
+    L = sum_i weight_i * term_i  +  relation.weight * attention relations  +  states.weight * layer states
 
 A term is a token loss of `terms.py` with its options.  Both papers and their baselines are Objectives:
 
@@ -157,15 +157,28 @@ class RelationTerm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatesTerm:
+    """The directions of what some layers give, student beside teacher (`states.py`); `weight` is its factor."""
+
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ConfigError("objective.states.weight", f"{self.weight}", "Give a positive weight, or leave it out")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """The weighted sum that training minimises.  `reduction` applies to the terms; relations are means over rows."""
+    """The weighted sum that training minimises.  `reduction` applies to the terms; relations are means over rows, layer
+    states over tokens."""
 
     terms: tuple[Term, ...] = ()
     relation: RelationTerm | None = None
+    states: StatesTerm | None = None
     reduction: Reduction = Reduction.TOKEN_MEAN
 
     def __post_init__(self) -> None:
-        if not self.terms and self.relation is None:
+        if not self.terms and self.relation is None and self.states is None:
             raise ConfigError("objective", "nothing to minimise", "Give at least one term")
         names = [term.name for term in self.terms]
         if len(set(names)) < len(names):

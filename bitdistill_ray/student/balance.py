@@ -88,5 +88,6 @@ def parts_of(objective: Objective, config: AdaptiveWeight) -> dict[str, Objectiv
     """What is measured: the terms to compare with, and the relations with weight 1."""
     assert objective.relation is not None
     terms = tuple(t for t in objective.terms if config.against == OTHERS or t.kind == TermKind.CE)
-    alone = replace(objective, terms=(), relation=replace(objective.relation, weight=1.0))
-    return {OTHERS: replace(objective, terms=terms, relation=None), RELATION: alone}
+    states = objective.states if config.against == OTHERS else None
+    alone = replace(objective, terms=(), states=None, relation=replace(objective.relation, weight=1.0))
+    return {OTHERS: replace(objective, terms=terms, states=states, relation=None), RELATION: alone}

@@ -56,11 +56,6 @@ class TrainJob:
     quality: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
-    def student_layer(self) -> int | None:
-        """The student's layer that learns relations, where it was chosen."""
-        return self.loss.relation.student_layer if self.loss.relation else None
-
-    @property
     def stage(self) -> TrainStage:
         """The stage's section of the configuration."""
         stage = self.config.stages[self.stage_name]

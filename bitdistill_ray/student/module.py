@@ -17,6 +17,7 @@ from bitdistill_ray.losses.objective import Objective
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
+from bitdistill_ray.model.layer_taps import layer_taps
 from bitdistill_ray.model.taps import attention_taps
 
 Pass = Callable[[TokenBatch, TeacherSignals | None, Totals], tuple[Tensor, dict[str, Tensor]]]
@@ -38,11 +39,13 @@ class LossModule(nn.Module):
         teacher_head: Callable[[Tensor], Tensor] | None = None,
         gamma: float | None = None,
         relation_layer: int | None = None,
+        states_layers: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.model = model
         self.objective, self.chunk_tokens, self.gamma = objective, chunk_tokens, gamma
         self.relation_layers = () if relation_layer is None else (relation_layer,)
+        self.states_layers = states_layers
         self._heads = (LMHead(model), teacher_head)  # in a tuple, where nn.Module does not look for submodules
         self.replay: Pass | None = None
         self.relation_weight: Tensor | None = None
@@ -63,7 +66,10 @@ class LossModule(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """fp32 scalar to minimise, and detached parts by name; `batch` and `signals` on the module's device."""
         student_head, teacher_head = self._heads
-        with attention_taps(self.model, self.relation_layers) as taps:
+        with (
+            attention_taps(self.model, self.relation_layers) as taps,
+            layer_taps(self.model, self.states_layers) as outputs,
+        ):
             hidden_BTD = hidden_states(self.model, batch)
         loss = chunked_loss(
             hidden_BTD,
@@ -76,6 +82,7 @@ class LossModule(nn.Module):
             gamma=self.gamma,
             segment_BT=batch.segment_BT,
             student_attention=taps[self.relation_layers[0]] if self.relation_layers else None,
+            student_states=outputs.states(),
             totals=totals,
             relation_weight=self.relation_weight,
         )

@@ -10,6 +10,7 @@ from bitdistill_ray.losses.objective import (
     RelationForm,
     RelationTerm,
     Scope,
+    StatesTerm,
     Term,
     TermKind,
 )
@@ -34,7 +35,8 @@ def objective_of(loss: LossConfig) -> Objective:
                 )
             )
     relation = _relation_term(loss.relation) if loss.relation else None
-    return Objective(terms=tuple(terms), relation=relation, reduction=Reduction(loss.reduction))
+    states = StatesTerm(weight=loss.states.weight) if loss.states else None
+    return Objective(terms=tuple(terms), relation=relation, states=states, reduction=Reduction(loss.reduction))
 
 
 def _relation_term(relation: RelationConfig) -> RelationTerm:
@@ -53,11 +55,3 @@ def _relation_term(relation: RelationConfig) -> RelationTerm:
 
 def _gamma_mode(loss: LossConfig) -> GammaMode:
     return GammaMode(loss.gamma) if isinstance(loss.gamma, str) else GammaMode.FIXED
-
-
-def student_layer(layer: int, teacher_layers: int, student_layers: int, *, chosen: int | None = None) -> int:
-    """The student's layer that learns from the teacher's `layer`: the chosen one, else that at the same depth."""
-    if chosen is not None:
-        return chosen % student_layers
-    layer %= teacher_layers
-    return max(0, round((layer + 1) * student_layers / teacher_layers) - 1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitdistill_ray.core import TeacherSignals, TokenBatch
-from bitdistill_ray.losses.chunked import RELATION
+from bitdistill_ray.losses.chunked import RELATION, STATES
 from bitdistill_ray.losses.objective import Objective
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.student.module import LossModule
@@ -44,5 +44,9 @@ def gradient_norms(
 
 def single_terms(objective: Objective) -> dict[str, Objective]:
     """An Objective for each term alone, with its weight, by its name in the loss's parts."""
-    alone = {term.name: replace(objective, terms=(term,), relation=None) for term in objective.terms}
-    return alone if objective.relation is None else {**alone, RELATION: replace(objective, terms=())}
+    alone = {term.name: replace(objective, terms=(term,), relation=None, states=None) for term in objective.terms}
+    if objective.relation is not None:
+        alone[RELATION] = replace(objective, terms=(), states=None)
+    if objective.states is not None:
+        alone[STATES] = replace(objective, terms=(), relation=None)
+    return alone

@@ -43,9 +43,10 @@ from bitdistill_ray.student.figures import Figures
 from bitdistill_ray.student.flops import Arithmetic
 from bitdistill_ray.student.inbox import Answers, Inbox, Share
 from bitdistill_ray.student.job import Lesson, TrainJob
+from bitdistill_ray.student.layer_pairs import LayerPairs
 from bitdistill_ray.student.layout import LongParameters, can_lay_out
 from bitdistill_ray.student.module import LossModule
-from bitdistill_ray.student.objective import objective_of, student_layer
+from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.preemption import Notice, PreemptedError
 from bitdistill_ray.student.probes import Probes
 from bitdistill_ray.student.quality import AskedTeacher, QualityProbe
@@ -93,6 +94,8 @@ class Worker:
         length = job.config.data.sequence_length
         self.arithmetic = Arithmetic.of(self.model, length=length, device=self.device, workers=self.ranks)
         self.lesson = self._lesson()
+        self.pairs = LayerPairs.of(job.loss, job.relation_layer, teacher=lambda: self._ask_teacher("layers"),
+                                   student=self.model.config.num_hidden_layers)  # fmt: skip
         self.client = self._client()
         module, watch = self._module(), job.config.monitor
         self.probes = Probes(module, watch, rank=self.rank, ranks=self.ranks, zero=student.zero, steps=job.steps,
@@ -111,8 +114,9 @@ class Worker:
                                    dtype=self.dtype)  # fmt: skip
         self._adopt()
         if self.rank == 0:
-            self._say(f"student: {self.ranks} x {self.device} in {str(self.dtype).removeprefix('torch.')} ({why}), "
-                      f"ZeRO-{student.zero}, {self.micros} micro-batches of {student.micro_batch}")  # fmt: skip
+            dtype = str(self.dtype).removeprefix("torch.")
+            self._say(f"student: {self.ranks} x {self.device} in {dtype} ({why}), ZeRO-{student.zero}, {self.micros} "
+                      f"micro-batches of {student.micro_batch}")  # fmt: skip
             self._say(f"student: {self.speed}")
 
     def run(self) -> None:
@@ -314,6 +318,7 @@ class Worker:
             topk=teacher.topk,
             samples=teacher.samples,
             attention_layer=self.job.relation_layer,
+            states_layers=tuple(layer for layer, _ in self.pairs.states),
         )
         client = TeacherClient(
             self.lesson.teachers,
@@ -328,27 +333,26 @@ class Worker:
         return open_cache(client, teacher, self.job.config.storage, self.lesson.identity, say=self._say)
 
     def _module(self) -> LossModule:
-        teacher_head, layer = None, None
+        teacher_head = None
         if self.client is not None and self.job.config.teacher.payload is Payload.HIDDEN:
             teacher_head = self._teacher_head()
-        if self.job.relation_layer is not None:
-            teacher_layers = Roster.of(self.lesson.teachers).call("layers", timeout_s=self.job.config.teacher.timeout_s)
-            layer = student_layer(self.job.relation_layer, teacher_layers, self.model.config.num_hidden_layers,
-                                  chosen=self.job.student_layer)  # fmt: skip
-        tapped = () if layer is None else (layer,)
         length, zero = self.job.config.data.sequence_length, self.job.config.student.zero
-        self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=tapped)
+        self.speed = accelerate(self.model, self.device, length=length, zero=zero, tapped=self.pairs.tapped)
         return LossModule(
             self.model,
             objective_of(self.job.loss),
             chunk_tokens=self.job.config.student.chunk_tokens,
             teacher_head=teacher_head,
             gamma=self.lesson.gamma,
-            relation_layer=layer,
+            relation_layer=self.pairs.relation[1] if self.pairs.relation else None,
+            states_layers=tuple(own for _, own in self.pairs.states),
         )
 
+    def _ask_teacher(self, method: str) -> Any:
+        return Roster.of(self.lesson.teachers).call(method, timeout_s=self.job.config.teacher.timeout_s)
+
     def _teacher_head(self) -> FrozenHead:
-        message = Roster.of(self.lesson.teachers).call("frozen_head", timeout_s=self.job.config.teacher.timeout_s)
+        message = self._ask_teacher("frozen_head")
         names = {name.removesuffix(":bf16") for name in message}
         return FrozenHead({name: wire.get(message, name) for name in names}).to(self.device)
 

@@ -136,8 +136,9 @@ class Teacher:
     def signals(self, batch: TokenBatch, request: SignalRequest) -> TeacherSignals:
         """The same on tensors, without the wire."""
         layer = None if request.attention_layer is None else request.attention_layer % self.layers()
-        hidden_BTD, attention = self._scorer(batch, layer)
-        signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=attention)
+        states_layers = tuple(number % self.layers() for number in request.states_layers)
+        hidden_BTD, attention, states = self._scorer(batch, layer, states_layers)
+        signals = TeacherSignals(sequence_ids=batch.sequence_ids, attention=attention, states=states)
         match request.payload:
             case Payload.HIDDEN:
                 signals.hidden_BTD = hidden_BTD

@@ -9,12 +9,14 @@ from bitdistill_ray.core import Payload
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignalRequest:
-    """`payload` for every position; `attention_layer`: also raw Q, K, V of that layer (negative: from the end)."""
+    """`payload` for every position; `attention_layer`: also raw Q, K, V of that layer; `states_layers`: also what these
+    layers gave.  Negative layers count from the end."""
 
     payload: Payload = Payload.HIDDEN
     topk: int = 64
     samples: int = 32
     attention_layer: int | None = None
+    states_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

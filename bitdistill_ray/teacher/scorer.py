@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitdistill_ray.core import AttentionStates, TokenBatch
+from bitdistill_ray.core import AttentionStates, LayerStates, TokenBatch
 from bitdistill_ray.model.acceleration import BLOCK, accelerate
 from bitdistill_ray.model.forward import hidden_states
+from bitdistill_ray.model.layer_taps import layer_taps
 from bitdistill_ray.model.taps import FLEX, attention_taps
-
-Scored = tuple[Tensor, AttentionStates | None]
-"""hidden_BTD, what the LM head consumes, and the states of the layer that was asked for."""
 
 RECORDINGS = 2  # shapes that are replayed, such as training's and the one in which gamma is measured
 
 
+class Scored(NamedTuple):
+    """What the LM head consumes, Q, K and V of the layer that was asked for, and what some layers gave."""
+
+    hidden_BTD: Tensor
+    attention: AttentionStates | None = None
+    states: LayerStates | None = None
+
+
 class Scorer:
-    """`scorer(batch, layer)` is the pass; what it returns is the caller's own."""
+    """`scorer(batch, layer, states)` is the pass; what it returns is the caller's own."""
 
     def __init__(self, model: nn.Module, device: torch.device, *, spread: bool) -> None:
         self.model, self.device = model, device
@@ -38,20 +45,21 @@ class Scorer:
         self._seen: dict[tuple[Any, ...], _Replay | None] = {}
 
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch, layer: int | None = None) -> Scored:
-        """`batch` on the first of the teacher's devices; `layer` counted from 0."""
+    def __call__(self, batch: TokenBatch, layer: int | None = None, states: tuple[int, ...] = ()) -> Scored:
+        """`batch` on the first of the teacher's devices; `layer`, whose Q, K and V are wanted, and `states`, the layers
+        whose outputs are, counted from 0."""
         if not self.fast:
-            hidden_BTD, states = scored(self.model, batch, layer)
-            return hidden_BTD.to(self.device), states
+            found = scored(self.model, batch, layer, states)
+            return found._replace(hidden_BTD=found.hidden_BTD.to(self.device))
         twin = self._twin(layer, whole_blocks=batch.ids_BT.shape[1] % BLOCK == 0)
-        shape = (*batch.ids_BT.shape, layer)
+        shape = (*batch.ids_BT.shape, layer, states)
         if shape not in self._seen or not can_replay(twin):
             self._seen[shape] = None
-            return scored(twin, batch, layer)
+            return scored(twin, batch, layer, states)
         if self._seen[shape] is None and sum(replay is not None for replay in self._seen.values()) < RECORDINGS:
-            self._seen[shape] = _Replay(lambda b: scored(twin, b, layer), batch)
+            self._seen[shape] = _Replay(lambda b: scored(twin, b, layer, states), batch)
         replay = self._seen[shape]
-        return scored(twin, batch, layer) if replay is None else replay(batch)
+        return scored(twin, batch, layer, states) if replay is None else replay(batch)
 
     def _twin(self, layer: int | None, *, whole_blocks: bool) -> nn.Module:
         """The model that answers about rows of such a length; those that flex_attention cannot take stay plain."""
@@ -65,12 +73,12 @@ class Scorer:
         return self._twins[layer]
 
 
-def scored(model: nn.Module, batch: TokenBatch, layer: int | None) -> Scored:
+def scored(model: nn.Module, batch: TokenBatch, layer: int | None, states: tuple[int, ...] = ()) -> Scored:
     """The plain pass."""
     layers = () if layer is None else (layer,)
-    with attention_taps(model, layers) as taps:
+    with attention_taps(model, layers) as attention, layer_taps(model, states) as outputs:
         hidden_BTD = hidden_states(model, batch)
-    return hidden_BTD, None if layer is None else taps[layer]
+    return Scored(hidden_BTD, None if layer is None else attention[layer], outputs.states(batch.ids_BT.device))
 
 
 def can_replay(model: nn.Module) -> bool:
@@ -98,8 +106,10 @@ class _Replay:
         self._batch.ids_BT.copy_(batch.ids_BT)
         self._batch.segment_BT.copy_(batch.segment_BT)
         self._graph.replay()
-        hidden_BTD, states = self._scored
-        if states is None:
-            return hidden_BTD.clone(), None
-        q_BHTC, k_BJTC, v_BJTC = (tensor.clone() for tensor in (states.q_BHTC, states.k_BJTC, states.v_BJTC))
-        return hidden_BTD.clone(), AttentionStates(layer=states.layer, q_BHTC=q_BHTC, k_BJTC=k_BJTC, v_BJTC=v_BJTC)
+        hidden_BTD, attention, states = self._scored
+        if attention is not None:
+            q_BHTC, k_BJTC, v_BJTC = (x.clone() for x in (attention.q_BHTC, attention.k_BJTC, attention.v_BJTC))
+            attention = replace(attention, q_BHTC=q_BHTC, k_BJTC=k_BJTC, v_BJTC=v_BJTC)
+        if states is not None:
+            states = replace(states, hidden_BLTD=states.hidden_BLTD.clone())
+        return Scored(hidden_BTD.clone(), attention, states)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import AttentionStates, Sampled, TeacherSignals, TokenBatch, TopK
+from bitdistill_ray.core import AttentionStates, LayerStates, Sampled, TeacherSignals, TokenBatch, TopK
 from bitdistill_ray.data.batch import BatchArrays
 from bitdistill_ray.errors import TeacherError
 
@@ -94,6 +94,9 @@ def encode_signals(signals: TeacherSignals) -> Message:
         put(message, "q", signals.attention.q_BHTC)
         put(message, "k", signals.attention.k_BJTC)
         put(message, "v", signals.attention.v_BJTC)
+    if signals.states is not None:
+        message["states_layers"] = signals.states.layers
+        put(message, "states", signals.states.hidden_BLTD)
     return message
 
 
@@ -105,7 +108,7 @@ def decode_signals(message: Message, place: Callable[[Message, str], Tensor] = g
 
     ids, logprobs = tensor("topk_ids"), tensor("topk_logprobs")
     drawn, drawn_logprobs = tensor("sampled_ids"), tensor("sampled_logprobs")
-    q, k, v = tensor("q"), tensor("k"), tensor("v")
+    q, k, v, states = tensor("q"), tensor("k"), tensor("v"), tensor("states")
     return TeacherSignals(
         sequence_ids=tuple(message["sequence_ids"]),
         hidden_BTD=tensor("hidden"),
@@ -117,6 +120,7 @@ def decode_signals(message: Message, place: Callable[[Message, str], Tensor] = g
         attention=None
         if q is None or k is None or v is None
         else AttentionStates(layer=message["attention_layer"], q_BHTC=q, k_BJTC=k, v_BJTC=v),
+        states=None if states is None else LayerStates(layers=tuple(message["states_layers"]), hidden_BLTD=states),
     )
 
 

@@ -6,6 +6,7 @@ answer is its pieces put together, so both forms are made by the same code.
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -18,19 +19,25 @@ from bitdistill_serve.errors import api_error
 from bitdistill_serve.generation import End, Generation, Piece
 from bitdistill_serve.logprob_lists import CompletionLogprobList, chat_logprobs, joined
 from bitdistill_serve.replies import (
+    TOOL_CALLS,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
+    ChatFinish,
     ChatMessage,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     PromptDetails,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from bitdistill_serve.token_texts import TokenTexts
+from bitdistill_serve.tool_calls import CallReader, Read
 
 DONE = "data: [DONE]\n\n"
 REASONS = {End.STOP: FinishReason.STOP, End.LENGTH: FinishReason.LENGTH}
@@ -118,30 +125,41 @@ class CompletionAnswer(Answer):
         return joined([*lists, told.more(piece.scored), told.more(piece.logprobs)])
 
 
+@dataclass(slots=True, kw_only=True)
 class ChatAnswer(Answer):
-    """`/v1/chat/completions`: the first chunk of a choice has its role, the last its finish reason and no content."""
+    """`/v1/chat/completions`: the first chunk of a choice has its role, the last its finish reason and no content.
+
+    Where there are tools, `reader` makes what reads the calls in a choice, and `called` counts them.
+    """
+
+    reader: Callable[[], CallReader] | None = None
+    called: Callable[[], object] = lambda: None
+    readers: dict[int, CallReader] = field(default_factory=dict)
+    indices: dict[int, int] = field(default_factory=dict)  # the calls of each choice so far
 
     def whole(self, pieces: Sequence[Piece], usage: Usage) -> ChatCompletion:
-        choices = [
-            ChatChoice(
-                index=i,
-                message=ChatMessage(content=piece.text),
-                logprobs=chat_logprobs(self.texts, piece.logprobs) if self._tells(i) else None,
-                finish_reason=_reason(piece) or FinishReason.STOP,
-            )
-            for i, piece in enumerate(pieces)
-        ]
+        choices = []
+        for i, piece in enumerate(pieces):
+            text, calls = self._read(i, piece)
+            made = [ToolCall(id=call.id, function=call.function) for call in calls]
+            message = ChatMessage(content=text if text or not made else None, tool_calls=made or None)
+            told = chat_logprobs(self.texts, piece.logprobs) if self._tells(i) else None
+            reason = self._finish(i, piece) or FinishReason.STOP
+            choices.append(ChatChoice(index=i, message=message, logprobs=told, finish_reason=reason))
         return ChatCompletion(id=self.id, model=self.model, created=self.created, choices=choices, usage=usage)
 
     def chunks(self, index: int, piece: Piece, *, first: bool) -> list[ChatCompletionChunk]:
         choices = []
         told = chat_logprobs(self.texts, piece.logprobs) if self._tells(index) else None
+        text, calls = self._read(index, piece)
         if first:
-            delta = ChatDelta(role="assistant", content=piece.text)
+            delta = ChatDelta(role="assistant", content=text)
             choices.append(ChatChunkChoice(index=index, delta=delta, logprobs=told))
-        elif piece.text or piece.logprobs:
-            choices.append(ChatChunkChoice(index=index, delta=ChatDelta(content=piece.text), logprobs=told))
-        if (reason := _reason(piece)) is not None:
+        elif text or piece.logprobs:
+            choices.append(ChatChunkChoice(index=index, delta=ChatDelta(content=text), logprobs=told))
+        if calls:
+            choices.append(ChatChunkChoice(index=index, delta=ChatDelta(tool_calls=calls)))
+        if (reason := self._finish(index, piece)) is not None:
             choices.append(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason))
         return [
             ChatCompletionChunk(id=self.id, model=self.model, created=self.created, choices=[choice])
@@ -153,6 +171,25 @@ class ChatAnswer(Answer):
 
     def _tells(self, index: int) -> bool:
         return self.generations[index].logprobs is not None
+
+    def _read(self, index: int, piece: Piece) -> tuple[str, list[ToolCallDelta]]:
+        """The text and the calls that one choice grew by."""
+        if self.reader is None:
+            return piece.text, []
+        if (reader := self.readers.get(index)) is None:
+            reader = self.readers[index] = self.reader()
+        read, rest = reader.push(piece.text), reader.finish() if piece.end is not None else Read()
+        calls = []
+        for call in (*read.calls, *rest.calls):
+            self.called()
+            at = self.indices[index] = self.indices.get(index, -1) + 1
+            function = CalledFunction(name=call.name, arguments=call.arguments)
+            calls.append(ToolCallDelta(index=at, id=f"call_{secrets.token_hex(12)}", function=function))
+        return read.text + rest.text, calls
+
+    def _finish(self, index: int, piece: Piece) -> ChatFinish | None:
+        reason = _reason(piece)
+        return TOOL_CALLS if reason is FinishReason.STOP and index in self.indices else reason
 
 
 Charge = Callable[[int], None]

@@ -99,7 +99,7 @@ Served = Annotated[Service, Depends(_service)]
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-def _client(request: Request, service: Served, credentials: Credentials) -> Client:
+async def _client(request: Request, service: Served, credentials: Credentials) -> Client:
     """Who asks.  Raises ApiError without a valid key where one is needed, and when its requests are used up."""
     if service.keys is None:
         return Client(f"address {request.client.host}" if request.client else "")
@@ -108,7 +108,7 @@ def _client(request: Request, service: Served, credentials: Credentials) -> Clie
         raise ApiError(401, "Send Authorization: Bearer KEY with a key that this server knows",
                        type=ErrorType.AUTHENTICATION, code="invalid_api_key")  # fmt: skip
     client = service.clients[key.sha256]
-    client.ask()
+    await client.ask()
     return client
 
 
@@ -173,8 +173,9 @@ async def chat_completions(
 ) -> Response | BaseModel:
     """Answer the last message."""
     _check_name(service, body.model)
-    generations = await service.prompts.chat(body)
-    answer = ChatAnswer(**_envelope(service, request, "chatcmpl", body, generations))
+    chat = await service.prompts.chat(body)
+    envelope = _envelope(service, request, "chatcmpl", body, chat.generations)
+    answer = ChatAnswer(**envelope, reader=chat.reader, called=service.metrics.tool_calls.inc)
     return await _answer(service, client, body, answer)
 
 
@@ -183,8 +184,8 @@ async def classify(body: ClassifyRequest, request: Request, service: Served, cli
     """Choose one of several labels for each input."""
     _check_name(service, body.model)
     generations = await service.prompts.classify(body)
-    stream = _submitted(service, client, generations, prompts=len(generations))
-    pieces, count = await collected(stream, client.tokens.take)
+    stream = await _submitted(service, client, generations, prompts=len(generations))
+    pieces, count = await collected(stream, client.charge)
     id = f"cls-{request.state.request_id}"
     return classification(body, generations, pieces, count, id=id, model=service.name)
 
@@ -202,18 +203,18 @@ def _envelope(
 
 
 async def _answer(service: Service, client: Client, body: GenerationRequest, answer: Answer) -> Response | BaseModel:
-    stream = _submitted(service, client, answer.generations, prompts=len(answer.generations) // body.n)
+    stream = await _submitted(service, client, answer.generations, prompts=len(answer.generations) // body.n)
     if body.stream:
-        sent = events(stream, answer, client.tokens.take, include_usage=body.includes_usage)
+        sent = events(stream, answer, client.charge, include_usage=body.includes_usage)
         return EventStream(sent, stream)
-    return await whole(stream, answer, client.tokens.take)
+    return await whole(stream, answer, client.charge)
 
 
-def _submitted(service: Service, client: Client, generations: Sequence[Generation], *, prompts: int) -> Stream:
+async def _submitted(service: Service, client: Client, generations: Sequence[Generation], *, prompts: int) -> Stream:
     """The stream of `generations`, whose prompts (some of them the same) were paid for.  Raises ApiError."""
     if len(generations) > service.engine.limit:
         raise ApiError(400, f"{len(generations)} choices asked for; this server takes {service.engine.limit} at a time")
-    client.spend(sum(len(g.prompt) for g in generations) * prompts // len(generations))
+    await client.spend(sum(len(g.prompt) for g in generations) * prompts // len(generations))
     try:
         return service.engine.submit(generations, client=client.name)
     except BitdistillError as error:

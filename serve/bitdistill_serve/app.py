@@ -1,9 +1,12 @@
 """The Ray Serve application: `serve run bitdistill_serve.app:build model=PATH [KEY=VALUE …]` (keys: `options.py`).
 
-One model is one deployment, which holds the engine and answers HTTP itself.  Several, in the `models` of a
-configuration file (`cluster/serve.yaml`), are a deployment each, which scale by themselves, behind a router.  Ray Serve
-lets more requests in than the engine takes, so that it is the engine that refuses, at once and with a Retry-After it
-can estimate; requests beyond that wait in Serve's router, where the next replica would take them.
+One model in one replica is one deployment, which holds the engine and answers HTTP itself.  Several models (`models` of
+a configuration file, `cluster/serve.yaml`) are a deployment each, which scale by themselves, behind a router; so is one
+model with `max_replicas`, so that a request outlives the replica that it was sent to.  Where keys are asked for, those
+replicas count their rates together (`shares.py`).
+
+Ray Serve lets more requests in than the engine takes, so that it is the engine that refuses, at once and with a
+Retry-After it can estimate; requests beyond that wait in Serve's router, where the next replica would take them.
 
 A replica that is to stop, because a new version or fewer requests came, takes no new requests and finishes its streams.
 """
@@ -11,18 +14,21 @@ A replica that is to stop, because a new version or fewer requests came, takes n
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.handle import DeploymentHandle
 from starlette.types import Message
 
 from bitdistill_ray.errors import ServeError
 from bitdistill_serve.api import create_api
 from bitdistill_serve.engine import Status
 from bitdistill_serve.forward import Forwarded, answers
+from bitdistill_serve.ledger import LedgerOverHandle, ledger_application
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.ray_metrics import RayMetrics
 from bitdistill_serve.router import Router
@@ -32,13 +38,17 @@ DEPLOYMENT, ROUTER = "decoder", "router"
 BEYOND_ENGINE = 32  # requests that a replica takes beyond the engine's limit: refusals, /health, /v1/models
 CONSTRUCTOR_TRIES = 2  # a model that cannot be read will not be read at the twentieth time either
 ROUTED_AT_ONCE = 4096  # the replicas are what limits
+STREAMS_A_ROUTER = 128  # that run at the same time: beyond that there is one router more
 
 
 class Replica:
-    """One engine.  An error in its making is what `serve status` and `bitdistill serve` show."""
+    """One engine; `rates` counts for all replicas.
 
-    def __init__(self, options: ServeOptions) -> None:
-        self.service = Service.load(options)
+    An error in its making is what `serve status` and `bitdistill serve` show.
+    """
+
+    def __init__(self, options: ServeOptions, rates: DeploymentHandle | None = None) -> None:
+        self.service = Service.load(options, ledger=LedgerOverHandle(rates) if rates else None)
         self.service.start()  # Serve calls this on the event loop of the requests
         self._api = create_api(lambda: self.service)
         replica = serve.get_replica_context().replica_tag
@@ -78,16 +88,28 @@ def replica_api() -> FastAPI:
 def build(args: Mapping[str, Any]) -> Application:
     """The application of `args` (see `ServeOptions`), to be run by Serve."""
     models = ServeOptions.parse_several(args)
-    if len(models) == 1:
+    if len(models) == 1 and models[0].max_replicas == 1:
         return _deployment(serve.ingress(replica_api)(Replica), DEPLOYMENT, models[0]).bind(models[0])
-    by_name = {options.served_name: options for options in models}
-    router = serve.deployment(serve.ingress()(Router), name=ROUTER, max_ongoing_requests=ROUTED_AT_ONCE,
-                              ray_actor_options={"num_cpus": 0},
-                              graceful_shutdown_timeout_s=max(of.drain for of in models))  # fmt: skip
+    rates = ledger_application() if any(options.keys for options in models) else None
     decoders = {
-        name: _deployment(Replica, f"{DEPLOYMENT}-{name}", options).bind(options) for name, options in by_name.items()
+        options.served_name: _deployment(
+            Replica, DEPLOYMENT if len(models) == 1 else f"{DEPLOYMENT}-{options.served_name}", options
+        ).bind(options, rates)
+        for options in models
     }
-    return router.bind(by_name, decoders)
+    return _router(models).bind({options.served_name: options for options in models}, decoders)
+
+
+def _router(models: Sequence[ServeOptions]) -> Deployment:
+    streams = sum(options.max_replicas * options.slots for options in models)
+    return serve.deployment(
+        serve.ingress()(Router),
+        name=ROUTER,
+        num_replicas=math.ceil(streams / STREAMS_A_ROUTER),
+        max_ongoing_requests=ROUTED_AT_ONCE,
+        graceful_shutdown_timeout_s=max(options.drain for options in models),
+        ray_actor_options={"num_cpus": 0},
+    )
 
 
 def _deployment(replica: type, name: str, options: ServeOptions) -> Deployment:

@@ -32,6 +32,10 @@ class DeadlineError(ServeError):
     """A request took longer than it may."""
 
 
+class LedgerAwayError(ServeError):
+    """What counts rates over all replicas did not answer."""
+
+
 class GrammarError(ServeError):
     """A constraint that cannot go on: it grew beyond the library's limits."""
 

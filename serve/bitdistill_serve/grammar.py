@@ -75,14 +75,21 @@ class Grammars:
 
     def compile(self, request: GenerationRequest) -> Grammar | None:
         """The grammar that a request asks for, or None.  Raises ApiError for one that does not compile."""
-        if (source := _source(request)) is None:
-            return None
-        param, kind, text = source
+        source = _source(request)
+        return None if source is None else self._compiled(*source)
+
+    def of_calls(self, lark: str) -> Grammar:
+        """The grammar of an answer that must call a function.  Raises ApiError for one that does not compile."""
+        return self._compiled("tools", "lark", lark)
+
+    def _compiled(self, param: str, kind: str, text: str) -> Grammar:
         if len(text) > MOST_BYTES:
             raise ApiError(400, f"{param}: is longer than {MOST_BYTES} characters", param=param)
         try:
             if kind == "json":
                 grammar = llguidance.LLMatcher.grammar_from_json_schema(text, defaults=COMPACT)
+            elif kind == "lark":
+                grammar = llguidance.LLMatcher.grammar_from_lark(text)
             else:
                 grammar = llguidance.LLMatcher.grammar_from_regex(text)
             matcher = llguidance.LLMatcher(self._llguidance, grammar, log_level=0)

@@ -10,12 +10,15 @@ import asyncio
 import re
 import uuid
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bitdistill_serve.errors import ApiError
-from bitdistill_serve.service import Service
+
+if TYPE_CHECKING:
+    from bitdistill_serve.service import Service  # torch comes with it, and a router needs none
 
 MOST_HEADERS, MOST_HEADER_BYTES = 100, 32 << 10
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")

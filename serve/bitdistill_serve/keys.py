@@ -24,7 +24,7 @@ PREFIX = "bd-"
 
 
 class ApiKey(BaseModel):
-    """One key, by its hash.  Rates are for each replica; none given: no limit."""
+    """One key, by its hash.  Rates hold over all replicas of an application; none given: no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

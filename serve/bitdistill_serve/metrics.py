@@ -32,6 +32,7 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts").labels(**self._labels)
         self.cached_tokens = self._counter("cached_tokens", "Of those, already in the cache").labels(**self._labels)
         self.tokens = self._counter("generated_tokens", "Tokens generated").labels(**self._labels)
+        self.tool_calls = self._counter("tool_calls", "Calls of tools in answers").labels(**self._labels)
         self.ends = self._counter("generations", "Generations ended", "end")
         self.first_token = self._histogram("time_to_first_token_seconds", "From arrival", FIRST_TOKEN_S)
         self.token = self._histogram("time_per_token_seconds", "Between tokens of a stream", TOKEN_S)
@@ -70,6 +71,25 @@ class Metrics:
     def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Any:
         histogram = Histogram(PREFIX + name, says, ["model"], registry=self.registry, buckets=buckets)
         return histogram.labels(**self._labels)
+
+
+class RouterMetrics:
+    """What a router knows beside the pages of its models."""
+
+    def __init__(self, models: Iterable[str]) -> None:
+        self._registry = CollectorRegistry()
+        self._resent = Counter(PREFIX + "resent", "Requests sent again, for a replica died before it had said anything",
+                               ["model"], registry=self._registry)  # fmt: skip
+        for model in models:
+            self._resent.labels(model=model)
+
+    def resent(self, model: str) -> None:
+        """One more."""
+        self._resent.labels(model=model).inc()
+
+    def text(self) -> bytes:
+        """The page."""
+        return bytes(generate_latest(self._registry))
 
 
 def resident_bytes() -> int | None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import secrets
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
@@ -22,15 +24,21 @@ from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_serve.errors import ApiError
 from bitdistill_serve.generation import Generation
 from bitdistill_serve.grammar import Grammar, Grammars
-from bitdistill_serve.requests import (
-    ChatCompletionRequest,
-    ClassifyRequest,
-    CompletionRequest,
-    GenerationRequest,
-    Message,
-)
+from bitdistill_serve.messages import Function, Message, Tool
+from bitdistill_serve.requests import ChatCompletionRequest, ClassifyRequest, CompletionRequest, GenerationRequest
+from bitdistill_serve.tool_calls import CallReader
+from bitdistill_serve.tool_forms import HERMES, ToolForm
 
 T = TypeVar("T")
+PROBE = Tool(type="function", function=Function(name="probe")).for_template()
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """An answer to be: its choices, and what reads the calls in each, where there are tools."""
+
+    generations: list[Generation]
+    reader: Callable[[], CallReader] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +68,32 @@ class Prompts:
             lambda: (self._encoded(request.prompts), self._grammars.compile(request))
         )
         scored = request.echo and request.logprobs is not None
-        return self._generations(request, prompts, "prompt", request.max_tokens, grammar, scored=scored)
+        return self._generations(request, prompts, "prompt", request.max_tokens, grammar, request.stops, scored=scored)
 
-    async def chat(self, request: ChatCompletionRequest) -> list[Generation]:
+    async def chat(self, request: ChatCompletionRequest) -> Chat:
         """`n` generations of the answer to the last message."""
-        tools = [tool.model_dump(exclude_none=True) for tool in request.tools] if request.tool_choice == "auto" else []
-        prompt, grammar = await self._in_thread(
-            lambda: (self._templated(request.messages, tools), self._grammars.compile(request))
+
+        def prepared() -> tuple[list[int], Grammar | None, ToolForm | None]:
+            prompt = self._templated(request.messages, [tool.for_template() for tool in request.offered])
+            form = self._form() if request.offered else None
+            if form is None or not (request.must_call or request.may_call_strictly):
+                return prompt, self._grammars.compile(request), form
+            write = form.must if request.must_call else form.may
+            lark = write(request.must_call or request.may_call_strictly, several=request.parallel_tool_calls)
+            return prompt, self._grammars.of_calls(lark), form
+
+        prompt, grammar, form = await self._in_thread(prepared)
+        limit, stops = request.limit or self._room.slot_tokens, request.stops
+        if form is None:
+            return Chat(self._generations(request, [prompt], "messages", limit, grammar, stops))
+        if form.tag is not None and not request.must_call and not request.parallel_tool_calls:
+            stops = (*stops, form.tag.close)
+        functions = [tool.function for tool in request.offered]
+        most = None if request.parallel_tool_calls else 1
+        return Chat(
+            self._generations(request, [prompt], "messages", limit, grammar, stops),
+            lambda: form.reader(functions, most=most),
         )
-        limit = request.limit or self._room.slot_tokens
-        return self._generations(request, [prompt], "messages", limit, grammar)
 
     async def classify(self, request: ClassifyRequest) -> list[Generation]:
         """A generation for each label of each input, that writes nothing: the input, then the label."""
@@ -115,21 +139,42 @@ class Prompts:
             raise ApiError(400, "This model has no chat template; use /v1/completions", param="messages")
         turns = [message.for_template() for message in messages]
         self._check_characters(sum(len(turn["content"]) for turn in turns), "messages")
+        self._check_characters(len(json.dumps(tools)), "tools")
         if tools and "tools" not in str(template):
-            raise ApiError(400, "This model's chat template takes no tools", param="tools")
+            raise ApiError(400, "This model's chat template takes no tools: send the request without them, or put a "
+                           "template that writes them (chat_template.jinja) into the model's folder",
+                           param="tools")  # fmt: skip
         try:
-            ids = self._tokenizer.apply_chat_template(
-                turns,
-                tools=list(tools) or None,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+            ids = self._apply(turns, tools, asked=True, tokenize=True)
         except (TemplateError, TypeError, ValueError) as error:  # it refuses what its model was not trained on
             raise ApiError(
                 400, f"The model's chat template refuses these messages: {error}", param="messages"
             ) from error
         return [int(token) for token in ids]
+
+    def _form(self) -> ToolForm:
+        """How the chat template writes calls.  Raises ApiError for a way that is not known here."""
+        if self._written is None:
+            raise ApiError(400, "This model's chat template does not write calls of tools as JSON (as those of Qwen, "
+                           "Llama 3 and SmolLM2 do), and this server reads no other: send the request with tool_choice "
+                           "none, or put another template into the model's folder", param="tools")  # fmt: skip
+        return self._written
+
+    @cached_property
+    def _written(self) -> ToolForm | None:
+        form = ToolForm.of(lambda turns: str(self._apply(turns, (PROBE,), asked=False, tokenize=False)))
+        form = form or (HERMES if "<tool_call>" in str(self._tokenizer.chat_template) else None)
+        unseen = set(self._tokenizer.all_special_tokens)  # which have no text
+        return None if form and form.tag and {form.tag.open, form.tag.close} & unseen else form
+
+    def _apply(self, turns: Sequence[Any], tools: Sequence[Any], *, asked: bool, tokenize: bool) -> Any:
+        return self._tokenizer.apply_chat_template(
+            list(turns),
+            tools=list(tools) or None,
+            add_generation_prompt=asked,
+            tokenize=tokenize,
+            return_dict=False,
+        )
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -141,6 +186,7 @@ class Prompts:
         param: str,
         max_tokens: int,
         grammar: Grammar | None,
+        stops: tuple[str, ...],
         *,
         scored: bool = False,
     ) -> list[Generation]:
@@ -169,7 +215,7 @@ class Prompts:
             Generation(
                 prompt=tuple(prompt),
                 sampling=replace(sampling, seed=sampling.seed + choice),
-                stops=request.stops,
+                stops=stops,
                 logprobs=request.alternatives,
                 score_from=1 if scored and choice == 0 else None,
                 ignore_eos=request.ignore_eos,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, model_serializer
+from pydantic import BaseModel, Field
 
 from bitdistill_ray.decode.generation import FinishReason
+
+
+def _is_absent(value: object) -> bool:
+    return value is None
 
 
 class PromptDetails(BaseModel):
@@ -66,22 +70,45 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    """What was called, and with what: the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """One call; its answer names it by `id`."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A call in a stream, whole; `index` counts those of its answer."""
+
+    index: int
+
+
 class ChatMessage(BaseModel):
-    """A whole answer."""
+    """A whole answer; one that only calls tools has no content."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=_is_absent)
 
 
 class ChatDelta(BaseModel):
     """What an answer grew by: the role in the first chunk, nothing in the last; absent fields are not written."""
 
-    role: Literal["assistant"] | None = None
-    content: str | None = None
+    role: Literal["assistant"] | None = Field(None, exclude_if=_is_absent)
+    content: str | None = Field(None, exclude_if=_is_absent)
+    tool_calls: list[ToolCallDelta] | None = Field(None, exclude_if=_is_absent)
 
-    @model_serializer
-    def _present(self) -> dict[str, str]:
-        return {k: v for k, v in (("role", self.role), ("content", self.content)) if v is not None}
+
+TOOL_CALLS: Literal["tool_calls"] = "tool_calls"
+ChatFinish = FinishReason | Literal["tool_calls"]
 
 
 class ChatChoice(BaseModel):
@@ -90,7 +117,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason
+    finish_reason: ChatFinish
 
 
 class ChatChunkChoice(BaseModel):
@@ -99,7 +126,7 @@ class ChatChunkChoice(BaseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatFinish | None = None
 
 
 class _Answer(BaseModel):

@@ -11,10 +11,10 @@ from abc import abstractmethod
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
-from bitdistill_serve.errors import printable
+from bitdistill_serve.messages import Function, Message, Strict, Text, Tool, ToolChoice
 
 LABELS = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"})
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -22,10 +22,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "suffix": ("",),
 }
 MAX_STOPS, MAX_CHOICES, MAX_BIASES, MAX_LOGPROBS = 16, 128, 1024, 20  # stops: OpenAI takes 4, harnesses send more
+MAX_TOOLS = 128
 
 
 def refused(kind: str, message: str, name: str) -> PydanticCustomError:
@@ -33,23 +33,9 @@ def refused(kind: str, message: str, name: str) -> PydanticCustomError:
     return PydanticCustomError(kind, message, {"name": name})
 
 
-def _is_unicode(text: str) -> str:
-    """Refuse half a surrogate pair, which JSON can write (`"\\ud800"`) and no tokenizer can read."""
-    if not printable(text) == text:
-        raise PydanticCustomError("invalid_unicode", "Input should be valid Unicode")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_is_unicode)]
 TokenIds = list[Annotated[StrictInt, Field(ge=0)]]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-
-
-class Strict(BaseModel):
-    """No unknown fields, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -143,11 +129,16 @@ class GenerationRequest(Named):
     def _refuse_what_contradicts(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise refused("invalid_value", "{name} is only allowed when stream is true", "stream_options")
-        guides = {name: getattr(self, name) for name in ("guided_choice", "guided_regex", "guided_json")}
-        given = [name for name, value in guides.items() if value is not None]
-        if len(given) + (self.response_format.type != "text") > 1:
-            raise refused("invalid_value", "{name}: a text can have one constraint", given[0])
+        if len(self.constrained) > 1:
+            raise refused("invalid_value", "{name}: a text can have one constraint", self.constrained[0])
         return self
+
+    @property
+    def constrained(self) -> list[str]:
+        """The parameters that constrain the text."""
+        guides = ("guided_choice", "guided_regex", "guided_json")
+        given = [name for name in guides if getattr(self, name) is not None]
+        return given + ["response_format"] * (self.response_format.type != "text")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -196,69 +187,6 @@ class CompletionRequest(GenerationRequest):
         return texts_or_ids or [[i for i in self.prompt if isinstance(i, int)]]
 
 
-class TextPart(Strict):
-    """One part of a message; images and audio are refused."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class FunctionCall(Strict):
-    """What a model called, and with what."""
-
-    name: Text
-    arguments: Text
-
-
-class ToolCall(Strict):
-    """One call of an earlier answer."""
-
-    id: Text
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class Message(Strict):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | list[TextPart] | None = None
-    name: Text | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: Text | None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and not self.tool_calls:
-            raise PydanticCustomError("missing", "A message needs content, or tool_calls of the assistant")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """What a chat template takes; `developer` is OpenAI's newer name of `system`."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
-        if self.tool_calls:
-            turn["tool_calls"] = [call.model_dump() for call in self.tool_calls]
-        return turn | {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k))}
-
-
-class Function(Strict):
-    """A function that the model may call; `parameters` is a JSON schema."""
-
-    name: Text
-    description: Text | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """What the chat template is told of a function; an answer that calls it is text, as the model writes it."""
-
-    type: Literal["function"]
-    function: Function
-
-
 class ChatCompletionRequest(GenerationRequest):
     """`POST /v1/chat/completions`: answer the last message, as the tokenizer's chat template writes the turns.
 
@@ -269,14 +197,47 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: StrictBool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-    tools: list[Tool] = Field(default_factory=list)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _alternatives_of_nothing(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise refused("invalid_value", "{name} is only allowed when logprobs is true", "top_logprobs")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_called(self) -> ChatCompletionRequest:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise refused("invalid_value", "{name} must have different names", "tools")
+        if self.tool_choice not in ("none", "auto") and not self.must_call:
+            raise refused("invalid_value", "{name} asks for a function that is not among the tools", "tool_choice")
+        if self.constrained and self.must_call:
+            raise refused("invalid_value", "{name}: a text can have one constraint", "tool_choice")
+        if self.constrained and self.may_call_strictly:
+            raise refused("invalid_value", "{name}: a strict function is a constraint; a text can have one", "tools")
+        return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def must_call(self) -> list[Function]:
+        """The functions of which one must be called; none: the model may answer as it likes."""
+        if self.tool_choice in ("none", "auto"):
+            return []
+        chosen = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        return [tool.function for tool in self.tools if chosen in (None, tool.function.name)]
+
+    @property
+    def may_call_strictly(self) -> list[Function]:
+        """The functions that the model may call, where one of them is `strict`; else none."""
+        functions = [tool.function for tool in self.tools] if self.tool_choice == "auto" else []
+        return functions if any(function.strict for function in functions) else []
 
     @property
     def alternatives(self) -> int | None:

@@ -23,6 +23,7 @@ from bitdistill_serve.metrics import Metrics
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.prompts import Prompts, Room
 from bitdistill_serve.rates import Client
+from bitdistill_serve.shares import SharedLedger, client_of
 from bitdistill_serve.token_texts import TokenTexts
 
 SWITCH_S = 0.0005  # a step takes Python's lock back many times, and each time may wait so long for the event loop
@@ -50,8 +51,9 @@ class Service:
         options: ServeOptions,
         *,
         stop_ids: Iterable[int],
+        ledger: SharedLedger | None = None,
     ) -> Service:
-        """Serve `decoder` as `options` say; a generation ends at any of `stop_ids`.
+        """Serve `decoder` as `options` say; a generation ends at any of `stop_ids`.  `ledger` counts the rates of keys.
 
         Raises ServeError or StorageError for a file of keys that cannot be read.
         """
@@ -67,18 +69,18 @@ class Service:
             texts=TokenTexts(tokenizer),
             metrics=metrics,
             keys=keys,
-            clients={key.sha256: Client.of(key) for key in keys.keys} if keys else {},
+            clients={key.sha256: client_of(key, ledger) for key in keys.keys} if keys else {},
         )
 
     @classmethod
-    def load(cls, options: ServeOptions) -> Service:
+    def load(cls, options: ServeOptions, *, ledger: SharedLedger | None = None) -> Service:
         """Read the model, and give this process's torch and kernels their threads, and its decoder Python's lock soon.
 
         Raises ModelError or PackedError, and KernelError for a packed student where the kernels are not built.
         """
         sys.setswitchinterval(SWITCH_S)
         decoder, tokenizer, ends = open_decoder(options)
-        return cls.over(decoder, tokenizer, options, stop_ids=ends)
+        return cls.over(decoder, tokenizer, options, stop_ids=ends, ledger=ledger)
 
     def start(self) -> None:
         """Start the engine, for requests from the running event loop."""

@@ -28,6 +28,7 @@ BATCHES = [packed_batch([[7, 6], [12], [16]], 16, seed=seed) for seed in range(3
 ROWS = 3 * len(BATCHES)
 REQUESTS = {
     "hidden+qkv": SignalRequest(attention_layer=1),
+    "hidden+states": SignalRequest(states_layers=(0, 1)),
     "topk": SignalRequest(payload=Payload.TOPK, topk=9),
     "sampled": SignalRequest(payload=Payload.SAMPLED, samples=5),
 }

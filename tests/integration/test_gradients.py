@@ -41,7 +41,7 @@ from tests.road import tiny_config
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
 RELATION_LAYER = 1
-LOSS = "{ce: 0.5, cakld: 1, gamma: 0.3, relation: {weight: 1, layer: 1, heads: 4}}"
+LOSS = "{ce: 0.5, cakld: 1, gamma: 0.3, relation: {weight: 1, layer: 1, heads: 4}, states: {weight: 2, layers: [0, 1]}}"
 
 
 def probe(settings: dict[str, Any]) -> None:
@@ -86,11 +86,11 @@ def in_one_process(root: Path, context: StageContext) -> dict[str, torch.Tensor]
     arrays = feeder.batch(0)
     feeder.close()
     batch = token_batch(arrays)
-    signals = teacher.signals(batch, SignalRequest(attention_layer=RELATION_LAYER))
+    signals = teacher.signals(batch, SignalRequest(attention_layer=RELATION_LAYER, states_layers=(0, 1)))
     model, _ = load_student(context.fetch("student"), dtype=dtype)
     loss = config_.stages["distill"].loss  # type: ignore[union-attr]
     module = LossModule(model, objective_of(loss), chunk_tokens=10_000, gamma=0.3, relation_layer=RELATION_LAYER,
-                        teacher_head=LMHead(teacher.model).frozen_copy())  # fmt: skip
+                        states_layers=(0, 1), teacher_head=LMHead(teacher.model).frozen_copy())  # fmt: skip
     value, _ = module(batch, detached(signals), Totals.count(batch.labels_BT, batch.segment_BT))
     value.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from bitdistill_serve.app import build
 from bitdistill_serve.metrics import Metrics, merged
 from tests.serve.in_process import GREEDY, serving
 
-SHIPPED = Path(__file__).resolve().parents[2] / "cluster" / "serve.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "cluster" / "serve.yaml"
 
 
 def label(sample: Any) -> str | None:
@@ -46,7 +50,7 @@ def test_the_shipped_configuration_is_one_that_serve_takes() -> None:
     (application,) = config.applications
     assert application.import_path == "bitdistill_serve.app:build"
     made = deployments(build(application.args))
-    assert set(made) == {"router", "decoder-student-int2", "decoder-student-int3"}
+    assert set(made) == {"router", "rates", "decoder-student-int2", "decoder-student-int3"}
     autoscaling = made["decoder-student-int2"]._deployment_config.autoscaling_config
     assert (autoscaling.min_replicas, autoscaling.max_replicas, autoscaling.target_ongoing_requests) == (1, 8, 16)
     assert made["decoder-student-int3"].ray_actor_options["num_cpus"] == 14
@@ -56,6 +60,23 @@ def test_one_model_answers_without_a_router() -> None:
     made = deployments(build({"model": "m", "slots": 4, "queue": 2}))
     assert set(made) == {"decoder"}
     assert made["decoder"].max_ongoing_requests == 4 + 2 + 32
+
+
+def test_a_model_with_several_replicas_is_behind_a_router_and_shares_the_rates_of_its_keys() -> None:
+    given = {"model": "m", "slots": 40, "max_replicas": 8}
+    made = deployments(build(given))
+    assert set(made) == {"router", "decoder"}
+    assert made["router"].num_replicas == 3  # 320 streams
+    assert set(deployments(build(given | {"keys": "keys.json"}))) == {"router", "decoder", "rates"}
+    assert set(deployments(build({"model": "m", "keys": "keys.json"}))) == {"decoder"}
+
+
+@pytest.mark.parametrize("module", ["router", "ledger"])
+def test_what_holds_no_engine_imports_no_torch(module: str) -> None:
+    program = f"import sys, bitdistill_serve.{module}; print(sorted({{'torch', 'transformers'}} & {{*sys.modules}}))"
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "serve")))}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
 
 
 def test_models_must_be_told_apart() -> None:

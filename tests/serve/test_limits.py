@@ -15,7 +15,7 @@ from bitdistill_ray.errors import ServeError
 from bitdistill_serve.cli import main
 from bitdistill_serve.errors import ApiError
 from bitdistill_serve.keys import KeyFile, make_key
-from bitdistill_serve.rates import Bucket, Client
+from bitdistill_serve.rates import Bucket, Client, Own
 from tests.serve.in_process import CHAT, GREEDY, ask, error, serving, until
 from tests.serve.references import greedy_text, prompt_ids
 
@@ -177,10 +177,10 @@ def test_a_bucket_fills_with_time() -> None:
     bucket.take(90)
     assert bucket.wait_s(1) == 31
     assert Bucket(None).wait_s(10**9) == 0
-    client = Client("c", Bucket(1))
-    client.ask()
+    client = Client("c", Own(Bucket(1)))
+    asyncio.run(client.ask())
     with pytest.raises(ApiError):
-        client.ask()
+        asyncio.run(client.ask())
 
 
 def test_a_file_that_is_no_key_file_is_refused_without_its_contents(

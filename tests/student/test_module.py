@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from bitdistill_ray.core import Format, QuantSpec, TeacherSignals
 from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
-from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
 from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
+from bitdistill_ray.teacher.scorer import scored
 from tests.tiny_models import EVERY_CASE, packed_batch, tiny_model
 
 BATCH = packed_batch([[9, 5], [12]], 16)
@@ -32,12 +32,10 @@ def student_of(case: str) -> nn.Module:
 
 
 @torch.no_grad()
-def said_by(teacher: nn.Module, *, layer: int | None = None) -> TeacherSignals:
-    layers = () if layer is None else (layer,)
-    with attention_taps(teacher, layers) as taps:
-        hidden_BTD = hidden_states(teacher, BATCH)
-    attention = None if layer is None else taps[layer]
-    return TeacherSignals(sequence_ids=BATCH.sequence_ids, hidden_BTD=hidden_BTD, attention=attention)
+def said_by(teacher: nn.Module, *, layer: int | None = None, states: tuple[int, ...] = ()) -> TeacherSignals:
+    found = scored(teacher, BATCH, layer, states)
+    return TeacherSignals(sequence_ids=BATCH.sequence_ids, hidden_BTD=found.hidden_BTD, attention=found.attention,
+                          states=found.states)  # fmt: skip
 
 
 def probabilities(model: nn.Module, tau: float) -> Tensor:
@@ -68,9 +66,10 @@ def run(student: nn.Module, teacher: nn.Module, loss: dict[str, Any], **more: An
         teacher_head=LMHead(teacher).frozen_copy(),
         **more,
     )
-    layer = more.get("relation_layer")
     totals = Totals.count(BATCH.labels_BT, BATCH.segment_BT)
-    value, parts = module(BATCH, said_by(teacher, layer=layer), totals)
+    value, parts = module(
+        BATCH, said_by(teacher, layer=more.get("relation_layer"), states=more.get("states_layers", ())), totals
+    )
     return value, parts
 
 
@@ -134,6 +133,32 @@ def test_relations_of_one_layer_join_the_loss(case: str) -> None:
     assert value.item() == pytest.approx(parts["ce"].item() + 60 * parts["relation"].item(), rel=1e-5)
     value.backward()
     assert student.get_submodule("model.layers.1.self_attn.q_proj").weight.grad is not None
+
+
+def states_by_hand(student: nn.Module, teacher: nn.Module, layers: tuple[int, ...]) -> Tensor:
+    """2 (1 - cosine) of what transformers calls hidden states, one document at a time; float64."""
+    values = []
+    for row, at in DOCUMENTS:
+        both = [m(input_ids=BATCH.ids_BT[row, at][None], output_hidden_states=True).hidden_states
+                for m in (student, teacher)]  # fmt: skip
+        for layer in layers:  # number 0 is the embedding
+            values.append(2 - 2 * torch.cosine_similarity(*(states[layer + 1][0].double() for states in both), dim=-1))
+    return torch.cat(values).mean()
+
+
+@pytest.mark.parametrize("case", EVERY_CASE)
+def test_states_of_layers_join_the_loss_with_their_gradient(case: str) -> None:
+    student, teacher = student_of(case), tiny_model(case)
+    loss = {"forward_kl": 1.0, "states": {"weight": 10.0}}
+    value, parts = run(student, teacher, loss, states_layers=(0,))
+    expected = states_by_hand(student, teacher, (0,))
+    assert parts["states"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert value.item() == pytest.approx(parts["forward_kl"].item() + 10 * parts["states"].item(), rel=1e-5)
+    alone, _ = run(student, teacher, {"states": {"weight": 10.0}}, states_layers=(0,))
+    weight = student.get_submodule("model.layers.0.mlp.down_proj").weight
+    (by_states,) = torch.autograd.grad(alone, [weight])
+    (by_formula,) = torch.autograd.grad(10 * expected, [weight])
+    torch.testing.assert_close(by_states, by_formula, rtol=2e-3, atol=1e-5 * float(by_formula.abs().max()))
 
 
 def test_the_teachers_head_is_no_parameter_of_the_students() -> None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from bitdistill_ray.loss_config import LossConfig
+from bitdistill_ray.loss_config import LossConfig, StatesConfig
 from bitdistill_ray.losses.objective import GammaMode, Reduction, RelationForm, RelationTerm, Scope, Term, TermKind
-from bitdistill_ray.student.objective import objective_of, student_layer
+from bitdistill_ray.student.layer_pairs import LayerPairs, student_layer
+from bitdistill_ray.student.objective import objective_of
 
 
 def terms_of(**loss: Any) -> tuple[Term, ...]:
@@ -106,3 +107,24 @@ def test_other_depths_learn_from_the_same_relative_depth() -> None:
     assert [student_layer(i, 2, 4) for i in (0, 1)] == [1, 3]
     assert [student_layer(22, 36, 28, chosen=chosen) for chosen in (27, -1, 0)] == [27, 27, 0]
     assert student_layer(-8, 36, 28) == 22  # the 29th of 36 lies at 22.6 of 28: the 23rd, counted from 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers", "meant"),
+    [(3, 30, (9, 19, 28)), (1, 30, (28,)), (2, 4, (1, 2)), (4, 4, (0, 1, 2)), (1, 1, (0,)), ((2, -1), 12, (2, 11))],
+)
+def test_states_of_so_many_layers_lie_evenly_below_the_last(wanted: Any, layers: int, meant: tuple[int, ...]) -> None:
+    assert StatesConfig(weight=1.0, layers=wanted).of(layers) == meant
+
+
+def test_layers_are_paired_at_their_depth_and_no_teacher_is_asked_for_none() -> None:
+    loss = LossConfig.model_validate({"states": {"weight": 2, "layers": [8, -1]}, "relation": {"weight": 1}})
+    pairs = LayerPairs.of(loss, -2, teacher=lambda: 36, student=12)
+    assert pairs == LayerPairs((34, 11), ((8, 2), (35, 11)))
+    assert pairs.tapped == (11,)
+    assert objective_of(loss).states is not None
+
+    def nobody() -> int:
+        raise AssertionError("asked for a layer that is not needed")
+
+    assert LayerPairs.of(LossConfig(forward_kl=1.0), None, teacher=nobody, student=12) == LayerPairs()

@@ -14,16 +14,15 @@ from bitdistill_ray.errors import ModelError
 from bitdistill_ray.loss_config import LossConfig
 from bitdistill_ray.losses.reduction import Totals
 from bitdistill_ray.model.acceleration import accelerate
-from bitdistill_ray.model.forward import hidden_states
 from bitdistill_ray.model.heads import LMHead
 from bitdistill_ray.model.surgery import quantize_linears
-from bitdistill_ray.model.taps import attention_taps
 from bitdistill_ray.stage_config import DistillStage
 from bitdistill_ray.student.course import Course
 from bitdistill_ray.student.layout import LongParameters, OwnParameters
 from bitdistill_ray.student.module import LossModule
 from bitdistill_ray.student.objective import objective_of
 from bitdistill_ray.student.recording import Recording, can_record, tensors_of, with_tensors
+from bitdistill_ray.teacher.scorer import scored
 from tests.tiny_models import EVERY_CASE, packed_batch, tiny_model
 
 GPU = torch.device("cuda", 0)
@@ -37,6 +36,7 @@ LOSSES: dict[str, dict[str, Any]] = {
     "per-token": {"cakld": 1.0, "gamma": "per-token"},
     "jsd": {"jsd": 1.0},
     "relation": {"forward_kl": 1.0, "relation": {"weight": 1.0, "layer": 0, "heads": 4}},
+    "states": {"forward_kl": 1.0, "states": {"weight": 10.0, "layers": [0, 1]}},
     "course": {"ce": 1.0, "relation": {"weight": {"every": 2}, "layer": 0, "heads": 4}},
 }
 
@@ -83,10 +83,11 @@ def student_on_gpu(case: str, loss: dict[str, Any]) -> tuple[LossModule, nn.Modu
     teacher.to(GPU, torch.bfloat16)
     model.to(GPU, torch.bfloat16).train()
     layer = 0 if "relation" in loss else None
+    states = (0, 1) if "states" in loss else ()
     accelerate(model, GPU, length=LENGTH, tapped=() if layer is None else (layer,))
     head = LMHead(teacher).frozen_copy()
     module = LossModule(model, objective_of(LossConfig.model_validate(loss)), chunk_tokens=100, teacher_head=head,
-                        gamma=0.3, relation_layer=layer)  # fmt: skip
+                        gamma=0.3, relation_layer=layer, states_layers=states)  # fmt: skip
     return module, teacher
 
 
@@ -99,9 +100,9 @@ def course_of(module: LossModule, loss: dict[str, Any]) -> Course:
 
 @torch.no_grad()
 def said(teacher: nn.Module, batch: TokenBatch) -> TeacherSignals:
-    with attention_taps(teacher, (0,)) as taps:
-        hidden_BTD = hidden_states(teacher, batch)
-    return TeacherSignals(sequence_ids=batch.sequence_ids, hidden_BTD=hidden_BTD, attention=taps[0])
+    found = scored(teacher, batch, 0, (0, 1))
+    return TeacherSignals(sequence_ids=batch.sequence_ids, hidden_BTD=found.hidden_BTD, attention=found.attention,
+                          states=found.states)  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")

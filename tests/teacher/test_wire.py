@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitdistill_ray.core import AttentionStates, TeacherSignals, TopK
+from bitdistill_ray.core import AttentionStates, LayerStates, TeacherSignals, TopK
 from bitdistill_ray.data.batch import token_batch
 from bitdistill_ray.errors import TeacherError
 from bitdistill_ray.teacher import wire
@@ -90,12 +90,13 @@ def signals(payload: str, dtype: torch.dtype, *, attention: bool) -> TeacherSign
     if attention:
         q, k, v = (values(dtype, ROWS, heads, LENGTH, 4, seed=i) for i, heads in enumerate((4, 2, 2)))
         said.attention = AttentionStates(layer=5, q_BHTC=q, k_BJTC=k, v_BJTC=v)
+        said.states = LayerStates(layers=(1, 4), hidden_BLTD=values(dtype, ROWS, 2, LENGTH, 6, seed=3))
     return said
 
 
 def tensors(signals: TeacherSignals) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for part in (signals, signals.topk, signals.attention):
+    for part in (signals, signals.topk, signals.attention, signals.states):
         if part is not None:
             found |= {f.name: v for f in fields(part) if isinstance(v := getattr(part, f.name), Tensor)}
     return found
@@ -114,6 +115,7 @@ def test_signals_arrive_bit_for_bit(payload: str, dtype: torch.dtype, attention:
     assert all(same_bits(found[name], expected[name]) for name in expected)
     assert arrived.sequence_ids == BATCH.sequence_ids
     assert (arrived.attention.layer if arrived.attention else None) == (5 if attention else None)
+    assert (arrived.states.layers if arrived.states else None) == ((1, 4) if attention else None)
 
 
 def test_a_batch_arrives_as_it_was() -> None:
