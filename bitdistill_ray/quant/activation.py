@@ -55,4 +55,5 @@ def _quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     low, high = x.aminmax(dim=-1, keepdim=True)
     peak = high.maximum(-low).clamp(min=MIN_PEAK)
-    return (x * (largest / peak)).round_().clamp_(-largest - 1, largest), peak / largest
+    inverse = torch.full_like(peak, largest) / peak  # of a number and a tensor torch takes the reciprocal, times that
+    return (x * inverse).round_().clamp_(-largest - 1, largest), peak / largest

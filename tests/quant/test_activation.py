@@ -1,5 +1,6 @@
 """int8 activations, one scale per token."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +19,20 @@ def test_absmax_by_hand() -> None:
     assert q.tolist() == [[127, -127, 0, 2, 2, 0], [0] * 6, [127, -64, 0, 64, 0, 0]]  # ties to even: 63.5 is 64
     assert scale.shape == (3, 1)
     assert scale.flatten().tolist() == pytest.approx([1.0, 1e-5 / 127, 2 / 127])
+
+
+def test_the_inverse_is_one_quotient_as_the_kernels_have_it() -> None:
+    """For every peak numpy's float32 127 / peak, which torch's `127 / tensor` is not: it takes a reciprocal first."""
+    peak = torch.rand(4096, 1, generator=torch.Generator().manual_seed(0)) + 1e-3
+    x = torch.cat([peak, torch.rand(4096, 31, generator=torch.Generator().manual_seed(1)) * peak], dim=1)
+    q, _ = quantize_activation(x, 8)
+    inverse = np.float32(127) / peak.numpy()
+    assert not np.array_equal(inverse, (127 / peak).numpy())
+    assert np.array_equal(q.numpy(), np.rint(x.numpy() * inverse).astype(np.int8))
+    below = [float(np.nextafter(np.float32(70.5 / of), np.float32(0))) for of in inverse.flatten().tolist()]
+    tied = torch.stack([peak.flatten(), torch.tensor(below)], dim=1)
+    expected = np.rint(tied.numpy() * (np.float32(127) / tied.abs().amax(1, keepdim=True).numpy())).astype(np.int8)
+    assert np.array_equal(quantize_activation(tied, 8)[0].numpy(), expected)
 
 
 @settings(deadline=None, max_examples=80)

@@ -193,5 +193,5 @@ def test_part_of_the_quantisation_is_that_part_of_values_and_gradients(
     ]
     for grad, mixed in zip(*gradients, strict=True):
         assert grad.dtype is mixed.dtype
-        scale = float(mixed.abs().max()) + 1e-6
+        scale = float(max(mixed.abs().max(), g.abs().max())) + 1e-6  # autograd rounds g and s g, and takes them apart
         torch.testing.assert_close(grad.float(), mixed.float(), rtol=5e-2, atol=2e-2 * scale)
