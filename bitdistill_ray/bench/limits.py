@@ -69,7 +69,7 @@ class Reader:
 
 def _kernel_reads(place: Place) -> tuple[dict[str, Function], int]:
     nbytes = max(mmap.PAGESIZE, place.pool_bytes // mmap.PAGESIZE * mmap.PAGESIZE)
-    mapped = mmap.mmap(-1, nbytes)
+    mapped = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones get no huge pages
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapped.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(mapped, dtype=np.uint8)
