@@ -6,7 +6,7 @@
 template <int kTokens>
 struct TwoBit {
   static constexpr bool kScaled = kScalesFields && kTokens <= 2;  // no shift: field f keeps its place, worth 4^f
-  static constexpr bool kWide = kScaled, kAsks = true;
+  static constexpr bool kWide = kScaled, kAsks = true, kFar = false;
   static constexpr int kQuads = 4, kStepBytes = kPlaneBytes, kOutputs = 1, kSums = kScaled ? 4 : 1;
   BDK_INLINE explicit TwoBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
@@ -42,7 +42,7 @@ BDK_INLINE Bytes index_of(const std::uint8_t* step, int quad, int v) {
 
 template <int kTokens>
 struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = false, kAsks = true;
+  static constexpr bool kWide = false, kAsks = true, kFar = true;
   static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   Levels levels;
   BDK_INLINE explicit ThreeBit(const TileLayout&) {
@@ -57,7 +57,7 @@ struct ThreeBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = true, kAsks = true;
+  static constexpr bool kWide = true, kAsks = true, kFar = true;
   static constexpr int kQuads = 8, kStepBytes = 3 * kPlaneBytes;
   Levels positive, negative;
   BDK_INLINE explicit NormalFloat(const TileLayout& layout)
@@ -71,7 +71,7 @@ struct NormalFloat : Chained<2, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = false, kAsks = true;
+  static constexpr bool kWide = false, kAsks = true, kFar = false;
   static constexpr int kQuads = 4, kStepBytes = 2 * kPlaneBytes;
   BDK_INLINE explicit FourBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {
@@ -81,7 +81,7 @@ struct FourBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
 
 template <int kTokens>
 struct EightBit : Chained<1, kTokens == 1 && kLanes == 16 ? 2 : 1> {
-  static constexpr bool kWide = true, kAsks = false;  // nothing holds up the reading
+  static constexpr bool kWide = true, kAsks = false, kFar = false;  // nothing holds up the reading
   static constexpr int kQuads = 4, kStepBytes = 4 * kPlaneBytes;
   BDK_INLINE explicit EightBit(const TileLayout&) {}
   BDK_INLINE void decode(const std::uint8_t* step, int quad, int v, Bytes* codes) const {

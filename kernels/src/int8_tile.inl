@@ -8,6 +8,7 @@
 //   kScalesFields                   where registers suffice for sums of codes that stay in their places
 //   kStreamTokens, kBlockTokens     tokens of a block that are multiplied while decoding, and the most of a block
 //   kGemmVectors                    registers of rows that are multiplied at a time with a block
+//   kAheadBytes, kNearBytes, kFarBytes   how far ahead memory is asked for (see Ahead); no kFarBytes: by one distance
 //
 // A block of few tokens streams: codes are decoded, multiplied and forgotten, and what memory needs is asked for
 // ahead of time.  More tokens share one decoding: a panel of columns is unpacked to one byte per code in the first
@@ -86,28 +87,35 @@ class Adder<2> {  // nf3's two signs
 
 #include "decoders.inl"
 
-// Asks for the memory that a stream will need when kAheadBytes more of its codes have been read.  A tile is asked for
-// in step with what is read of its codes, and its header in as many parts as it has groups: all at once would fill the
-// queue.
+// Asks for the memory that a stream will need when some more of its codes have been read.  A tile is asked for in step
+// with what is read of its codes, and its header in as many parts as it has groups: all at once would fill the queue.
+// What decodes slower than memory is read (kFar) is brought to the second cache long before, and to the first from
+// there: the few requests that the first cache has open would otherwise wait for memory and for the decoding in turn.
+template <bool kFar>
 class Ahead {
  public:
   BDK_INLINE Ahead(const TileLayout& layout, const std::uint8_t* tile)
-      : at_(tile + layout.steps_offset + kAheadBytes), header_bytes_(layout.steps_offset / layout.groups) {}
+      : at_(tile + layout.steps_offset), header_bytes_(layout.steps_offset / layout.groups) {}
 
   BDK_INLINE void group() {
     BDK_NO_UNROLL_LOOP
-    for (std::int32_t line = 0; line < header_bytes_; line += 64) prefetch(at_ + line);
+    for (std::int32_t line = 0; line < header_bytes_; line += 64) ask(at_ + line);
     at_ += header_bytes_;
   }
 
   template <int kBytes>
   BDK_INLINE void step() {
     BDK_UNROLL
-    for (int line = 0; line < kBytes; line += 64) prefetch(at_ + line);
+    for (int line = 0; line < kBytes; line += 64) ask(at_ + line);
     at_ += kBytes;
   }
 
  private:
+  BDK_INLINE void ask(const std::uint8_t* at) const {
+    if (kFar) prefetch_far(at + kFarBytes);
+    prefetch(at + (kFar ? kNearBytes : kAheadBytes));
+  }
+
   const std::uint8_t* at_;
   std::int32_t header_bytes_;
 };
@@ -117,7 +125,7 @@ void stream(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
   using Decoder = Coder<kTokens>;
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  Ahead ahead(layout, tile);
+  Ahead<Decoder::kFar && kFarBytes != 0> ahead(layout, tile);
   const std::int8_t* values = x.values;
   for (std::int32_t index = 0; index < layout.groups; ++index) {
     ahead.group();
@@ -248,7 +256,8 @@ BDK_INLINE Multiply multiply_of(int tokens, std::integer_sequence<int, kTokensLe
 }
 
 template <typename Decoder>
-void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, Ahead* ahead, std::uint8_t* panel) {
+void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, Ahead<false>* ahead,
+            std::uint8_t* panel) {
   for (; steps > 0; --steps) {
     ahead->template step<Decoder::kStepBytes>();
     BDK_UNROLL
@@ -274,7 +283,7 @@ void panels(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
   alignas(kAlignment) std::int32_t carried[Decoder::kOutputs * kMostTokens * kTileRows];
   const Decoder decoder(layout);
   const std::uint8_t* at = tile + layout.steps_offset;
-  Ahead ahead(layout, tile);
+  Ahead<false> ahead(layout, tile);
   std::int64_t column = 0;  // padded
   for (std::int32_t index = 0; index < layout.groups; ++index) {
     const std::int32_t all = layout.steps_of(index);

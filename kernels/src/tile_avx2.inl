@@ -18,6 +18,8 @@ constexpr int kLanes = 8;
 constexpr int kStreamTokens = 1;
 constexpr int kGemmVectors = 2;
 constexpr int kAheadBytes = 4096;
+constexpr int kNearBytes = 4096;
+constexpr int kFarBytes = 0;
 constexpr bool kScalesFields = false;  // their sums would not fit into 16 registers
 
 using Bytes = __m256i;
@@ -31,6 +33,7 @@ BDK_INLINE void store(std::uint8_t* at, Bytes value) { _mm256_store_si256(reinte
 BDK_INLINE void store(std::int32_t* at, Ints value) { _mm256_store_si256(reinterpret_cast<__m256i*>(at), value); }
 BDK_INLINE void store(float* at, Floats value) { _mm256_store_ps(at, value); }
 BDK_INLINE void prefetch(const std::uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+BDK_INLINE void prefetch_far(const std::uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
 BDK_INLINE Ints broadcast(std::int32_t value) { return _mm256_set1_epi32(value); }
 BDK_INLINE Floats broadcast(float value) { return _mm256_set1_ps(value); }

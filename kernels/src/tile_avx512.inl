@@ -20,6 +20,8 @@ constexpr int kStreamTokens = 12;
 constexpr int kBlockTokens = 12;  // times two vectors of rows: 24 of 32 registers hold sums
 constexpr int kGemmVectors = 2;
 constexpr int kAheadBytes = 4096;
+constexpr int kNearBytes = 1024;
+constexpr int kFarBytes = 8192;
 constexpr bool kScalesFields = true;
 
 using Bytes = __m512i;
@@ -33,6 +35,7 @@ BDK_INLINE void store(std::uint8_t* at, Bytes value) { _mm512_store_si512(at, va
 BDK_INLINE void store(std::int32_t* at, Ints value) { _mm512_store_si512(at, value); }
 BDK_INLINE void store(float* at, Floats value) { _mm512_store_ps(at, value); }
 BDK_INLINE void prefetch(const std::uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+BDK_INLINE void prefetch_far(const std::uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
 BDK_INLINE Ints broadcast(std::int32_t value) { return _mm512_set1_epi32(value); }
 BDK_INLINE Floats broadcast(float value) { return _mm512_set1_ps(value); }

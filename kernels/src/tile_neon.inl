@@ -20,6 +20,8 @@ constexpr int kStreamTokens = 1;
 constexpr int kBlockTokens = 6;  // times four vectors of rows: 24 of 32 registers hold sums
 constexpr int kGemmVectors = 4;
 constexpr int kAheadBytes = 2048;
+constexpr int kNearBytes = 2048;
+constexpr int kFarBytes = 0;
 constexpr bool kScalesFields = false;
 
 using Bytes = uint8x16_t;
@@ -33,6 +35,7 @@ BDK_INLINE void store(std::uint8_t* at, Bytes value) { vst1q_u8(at, value); }
 BDK_INLINE void store(std::int32_t* at, Ints value) { vst1q_s32(at, value); }
 BDK_INLINE void store(float* at, Floats value) { vst1q_f32(at, value); }
 BDK_INLINE void prefetch(const std::uint8_t* at) { __builtin_prefetch(at); }
+BDK_INLINE void prefetch_far(const std::uint8_t* at) { __builtin_prefetch(at, 0, 2); }
 
 BDK_INLINE Ints broadcast(std::int32_t value) { return vdupq_n_s32(value); }
 BDK_INLINE Floats broadcast(float value) { return vdupq_n_f32(value); }
