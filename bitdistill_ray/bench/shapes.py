@@ -59,6 +59,7 @@ def random_of_shape(name: str, spec: QuantSpec | None, *, head_bits: HeadBits = 
     generator = torch.Generator().manual_seed(seed)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(SHAPES[name], dtype=HALF, attn_implementation=SDPA)
+    model.tie_weights()  # where they are: one table then, which is packed once
     specs = {} if spec is None else {path: spec for path, _ in decoder_linears(model)}
     if table := table_spec(head_bits, spec.activation_bits if spec else None):
         specs |= dict.fromkeys(tables(model), table)
