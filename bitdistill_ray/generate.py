@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--logit-bias", action="append", default=[], metavar="TOKEN=BIAS", type=bias)
     command.add_argument("--seed", type=int, default=0, help="of the first prompt; the next ones count up")
     command.add_argument("--device", default="cpu")
+    command.add_argument("--activation-bits", type=int, choices=(8,), help="of weight-only students, on a CPU")
     return command
 
 
@@ -66,7 +67,8 @@ def write_texts(options: argparse.Namespace) -> None:
     model, tokenizer = load_decoder(options.model, device=options.device)
     prompts = [encode(tokenizer, prompt, chat=options.chat) for prompt in options.prompt]
     longest = max(len(prompt) for prompt in prompts)
-    decoder = decoder_over(model, slots=len(prompts), slot_tokens=longest + sampling.max_tokens)
+    decoder = decoder_over(model, slots=len(prompts), slot_tokens=longest + sampling.max_tokens,
+                           activation_bits=options.activation_bits)  # fmt: skip
     stream = Stream(tokenizer) if len(prompts) == 1 else None
     texts = generate(
         decoder, prompts, sampling, stop_ids=stop_ids(model, tokenizer), on_token=stream.write if stream else None

@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     decode.add_argument("--formats", help="of random students, or fp16 with --shape (default nf3)")
     decode.add_argument("--head-bits", type=int, choices=(16, 8, 4), default=16, help="of the packed, with --shape")
     decode.add_argument("--cache", choices=("fp16", "int8"), default="fp16", help="of the native decoder")
+    decode.add_argument("--activation-bits", type=int, choices=(8,), help="of weight-only students, on a CPU")
     decode.add_argument("--batch", type=int, default=4, help="sequences, beside one alone (default 4)")
     decode.add_argument("--prompt-tokens", type=int, default=128)
     decode.add_argument("--new-tokens", type=int, default=32)
@@ -73,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", metavar="MODEL", help="default: random students of --formats")
     serve.add_argument("--formats", help="of random students (default int2)")
     serve.add_argument("--only", default=SERVING, metavar="PART,…", help=f"some of {SERVING}")
+    serve.add_argument("--activation-bits", type=int, choices=(8,), help="of weight-only students, on a CPU")
     serve.add_argument("--streams", type=int, default=16, help="clients at once, and slots (default 16)")
     serve.add_argument("--queue", type=int, default=16, help="places beyond the slots (default 16)")
     serve.add_argument("--prompt-tokens", type=int, default=64)
@@ -169,7 +171,7 @@ def _decode(options: argparse.Namespace) -> list[Row]:
     if options.shape and options.model:
         raise ConfigError("--shape", "given with MODEL", "Leave one of them away")
     load = Load(batch=options.batch, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens,
-                cache=CacheType[options.cache.upper()])  # fmt: skip
+                cache=CacheType[options.cache.upper()], activation_bits=options.activation_bits)  # fmt: skip
     place = Place.of(torch.device(options.device), options.threads)
     if options.model:
         return decode.measure(options.model, options.baseline, load, place)
@@ -216,6 +218,7 @@ def _serve(options: argparse.Namespace) -> list[Row]:
     )
     own = ServeOptions.parse({"model": options.model or "random", "device": options.device, "threads": options.threads,
                               "slots": options.streams, "queue": options.queue,
+                              "activation_bits": options.activation_bits,
                               "slot_tokens": options.prompt_tokens + options.new_tokens + 1})  # fmt: skip
     if options.model:
         return serve.measure(own, load, parts, against=options.against)

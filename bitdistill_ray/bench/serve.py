@@ -87,7 +87,8 @@ class Bench:
         return self.rows
 
     def _arguments(self) -> list[str]:
-        given = self.options.model_dump(include={"name", "device", "threads", "slots", "slot_tokens", "queue"})
+        keys = {"name", "device", "threads", "slots", "slot_tokens", "queue", "activation_bits"}
+        given = self.options.model_dump(include=keys, exclude_none=True)
         return [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
     def _body(self, prompt: list[int], tokens: int | None = None) -> dict[str, Any]:

@@ -47,6 +47,8 @@ class Load:
     prompt_tokens: int = 128
     new_tokens: int = 32
     cache: CacheType = CacheType.FP16
+    activation_bits: int | None = None
+    """8: of weight-only students, which leave them open."""
 
     @property
     def slot_tokens(self) -> int:
@@ -162,7 +164,9 @@ def _decoder(model: Any, load: Load) -> tuple[Decoder, str]:
     slots, tokens = load.batch, load.slot_tokens
     if model.device.type == "cpu":
         try:
-            return NativeDecoder(model, slots=slots, slot_tokens=tokens, cache=load.cache), "native"
+            native = NativeDecoder(model, slots=slots, slot_tokens=tokens, cache=load.cache,
+                                   activation_bits=load.activation_bits)  # fmt: skip
+            return native, "native"
         except ModelError:
             model.float()
     return TorchDecoder(model, slots=slots, slot_tokens=tokens), "torch"

@@ -99,7 +99,8 @@ def open_decoder(options: ServeOptions) -> tuple[Decoder, PreTrainedTokenizerBas
     model, tokenizer = load_decoder(options.model, device=options.device)
     if options.device == "cpu" and any(isinstance(module, PackedLinear) for module in model.modules()):
         bitdistill_kernels.set_threads(threads)
-    decoder = decoder_over(model, slots=options.slots, slot_tokens=options.slot_tokens)
+    decoder = decoder_over(model, slots=options.slots, slot_tokens=options.slot_tokens,
+                           activation_bits=options.activation_bits)  # fmt: skip
     return decoder, tokenizer, stop_ids(model, tokenizer)
 
 

@@ -302,6 +302,21 @@ def test_the_library_checks_what_it_is_asked_itself() -> None:
         library.copy(0, 2, 1)
 
 
+def test_weight_only_students_round_their_activations_where_that_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_ = QuantSpec(format=Format.INT3, group_size=16)
+    export_packed(student("llama", open_), tiny_tokenizer(), tmp_path / "packed", provenance={})
+    model, _ = load_decoder(str(tmp_path / "packed"))
+    exact, rounded = (read_and_step(decoder_over(model, slots=1, slot_tokens=64, activation_bits=b)) for b in (None, 8))
+    by_hand = read_and_step(NativeDecoder(model, slots=1, slot_tokens=64, activation_bits=8))
+    assert torch.equal(torch.stack(list(rounded)), torch.stack(list(by_hand)))
+    assert not torch.equal(torch.stack(list(rounded)), torch.stack(list(exact)))
+    capsys.readouterr()
+    decoder_over(tiny_model("llama"), slots=1, slot_tokens=16, activation_bits=8)
+    assert "activation_bits=8 has no effect" in capsys.readouterr().err
+
+
 def test_what_is_chosen_and_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = tiny_model("llama")
     assert isinstance(decoder_over(plain, slots=1, slot_tokens=16), TorchDecoder)
