@@ -29,7 +29,7 @@ class ServeOptions(BaseModel):
     """Sequences that generate at the same time."""
     slot_tokens: int = Field(2048, ge=2)
     """The longest sequence, prompt and answer together; the cache holds slots * slot_tokens tokens."""
-    activation_bits: Literal[8] | None = None
+    activation_bits: int | None = Field(None, ge=8, le=8)
     """8: activations of weight-only students are rounded to int8, group by group, on CPUs: two to three times as fast,
     for some hundredths of a nat."""
     queue: int = Field(64, ge=0)

@@ -51,3 +51,10 @@ def test_options_are_read_from_texts_and_a_local_path_becomes_absolute(
     assert (options.model, options.slots, options.served_name) == (str(tmp_path / "student"), 3, "student")
     assert ServeOptions.parse({"model": "org/name"}).served_name == "name"
     assert ServeOptions.parse({"model": "s3://bucket/runs/x/", "name": "mine"}).served_name == "mine"
+
+
+def test_numbers_may_come_as_words_as_from_a_command_line() -> None:
+    options = ServeOptions.parse({"model": "student", "activation_bits": "8", "threads": "2"})
+    assert (options.activation_bits, options.threads) == (8, 2)
+    with pytest.raises(ServeError, match="activation_bits"):
+        ServeOptions.parse({"model": "student", "activation_bits": "4"})
