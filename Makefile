@@ -50,7 +50,7 @@ bench: $(INSTALLED)  ## kernels, decoding, teacher, training and data at small s
 bench-peers: $(INSTALLED)  ## ours beside llama.cpp, which is built first (about 15 minutes on 2 cores; JSON in runs/bench)
 	@mkdir -p runs/bench
 	@$(BIN)/python -c "import llama_cpp" 2>/dev/null || \
-	  $(BIN)/python -m pip install $(PINS) --no-binary llama-cpp-python '.[peers]'
+	  $(BIN)/python -m pip install $(PINS) --no-binary llama-cpp-python llama-cpp-python
 	for threads in 1 2; do \
 	  $(BIN)/python -m bitdistill_ray.bench peers --threads $$threads --json runs/bench/peers-$$threads.json || exit; done
 

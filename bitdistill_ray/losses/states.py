@@ -4,9 +4,9 @@
 
 s and t are the residual stream behind a layer.  Only its direction is compared: a few of its channels are hundreds of
 times larger than the others and differ in size from token to token, and the norms in front of every reader take the
-length out anyhow.  The last layer's states are left to the head, whose KL says all about them.  For a 2-bit student it
-is worth more than twice the tokens (docs/LOG.md).  FitNets (arXiv 1412.6550) and TinyBERT (arXiv 1909.10351) match
-states by their squared distance.
+length out anyhow.  The last layer's states are left to the head, whose KL says all about them.  A 2-bit student's KL
+after 10M tokens fell from .739 to .677 by them alone (docs/LOG.md).  FitNets (arXiv 1412.6550) and TinyBERT (arXiv
+1909.10351) match states by their squared distance.
 
     B batch   L layers   T time   D hidden size
 """

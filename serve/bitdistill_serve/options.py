@@ -30,8 +30,8 @@ class ServeOptions(BaseModel):
     slot_tokens: int = Field(2048, ge=2)
     """The longest sequence, prompt and answer together; the cache holds slots * slot_tokens tokens."""
     activation_bits: int | None = Field(None, ge=8, le=8)
-    """8: activations of weight-only students are rounded to int8, group by group, on CPUs: two to three times as fast,
-    for some hundredths of a nat."""
+    """8: activations of weight-only students are rounded to int8, group by group, on CPUs: 2.4 times the tokens/s
+    of a 2-bit SmolLM2; KL .02 to itself on a 4-bit one, not measured on others."""
     queue: int = Field(64, ge=0)
     """Generations that may wait for a slot; more are answered with 429."""
     prefill_tokens: int = Field(256, ge=1)

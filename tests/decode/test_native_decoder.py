@@ -314,7 +314,11 @@ def test_weight_only_students_round_their_activations_where_that_is_asked_for(
     assert not torch.equal(torch.stack(list(rounded)), torch.stack(list(exact)))
     capsys.readouterr()
     decoder_over(tiny_model("llama"), slots=1, slot_tokens=16, activation_bits=8)
-    assert "activation_bits=8 has no effect" in capsys.readouterr().err
+    assert "activation_bits=8 has no effect: torch decodes" in capsys.readouterr().err
+    export_packed(student("llama", ALL), tiny_tokenizer(), tmp_path / "closed", provenance={}, head_bits=HeadBits.EIGHT)
+    closed, _ = load_decoder(str(tmp_path / "closed"))
+    decoder_over(closed, slots=1, slot_tokens=16, activation_bits=8)
+    assert "activation_bits=8 has no effect: every linear has its own" in capsys.readouterr().err
 
 
 def test_what_is_chosen_and_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
