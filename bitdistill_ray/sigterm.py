@@ -21,13 +21,23 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """While the block runs, SIGTERM raises Terminated in the main thread."""
+    """While the block runs, SIGTERM raises Terminated in the main thread.
+
+    A main thread that waits for Ray gets Ray's own KeyboardInterrupt instead, whichever signal came: told apart here.
+    """
+    told = threading.Event()
 
     def heard(*_: object) -> None:
+        told.set()
         raise Terminated
 
     with _handled_by(heard):
-        yield
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            if told.is_set() and not isinstance(interrupt, Terminated):
+                raise Terminated from None
+            raise
 
 
 @contextmanager

@@ -18,6 +18,22 @@ def test_sigterm_is_an_interrupt_while_the_block_runs() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_what_interrupted_a_wait_for_ray_is_told_apart() -> None:
+    """Ray's waiting calls swallow the handler's exception and raise one of their own."""
+
+    def wait(number: int) -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Terminated), terminable():
+        wait(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as caught, terminable():
+        wait(signal.SIGINT)
+    assert not isinstance(caught.value, Terminated)
+
+
 def test_the_first_one_asks_and_the_second_ends() -> None:
     called = threading.Event()
     with terminable():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import ray
@@ -64,15 +63,3 @@ def _with_threads(function: Work[Result], context: StageContext, notes: Notes, t
     notes.begin()
     torch.set_num_threads(threads or env.cpu_count())
     return function(context, notes)
-
-
-def begun(function: Callable[[], Result]) -> Future[Result]:
-    """`function()` in a thread of its own, so that Ctrl-C stays a KeyboardInterrupt of this one.
-
-    For `trainer.fit`, which on the main thread replaces the handler of SIGINT by one that ends the process with
-    status 1 and no word.  The thread ends with the Ray that it waits for.
-    """
-    pool = ThreadPoolExecutor(1, "trainer")
-    outcome = pool.submit(function)
-    pool.shutdown(wait=False)
-    return outcome

@@ -37,8 +37,8 @@ from bitdistill_ray.runs import StageRecord, storage_opener
 from bitdistill_ray.sigterm import Terminated, sigterm_calls
 from bitdistill_ray.stage_config import FinetuneStage, TrainStage
 from bitdistill_ray.stages.base import StageContext, stage
-from bitdistill_ray.stages.cluster import begun
 from bitdistill_ray.stages.corpus import corpus_of, quality_windows
+from bitdistill_ray.stages.fitting import NamesItself, fitting
 from bitdistill_ray.stages.room import Room, placing
 from bitdistill_ray.student.checkpoint import forget, full_disk
 from bitdistill_ray.student.display import ProgressBar
@@ -144,15 +144,16 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=student.max_failures, controller_failure_limit=student.max_failures
             ),
+            callbacks=[NamesItself(monitor)],
         ),
     )
     env.give_room_in(math.ceil(student.start_timeout_s / (student.max_failures + 1)))  # of each attempt
     room = Room(student, student.workers)
     try:
-        every_s = job.config.monitor.line_every_s
-        with records, ProgressBar(monitor, job.steps, context.name, workers=student.workers, every_s=every_s,
-                                  look=lambda: room.line(waiting=placing())):  # fmt: skip
-            outcome = begun(trainer.fit)
+        bar = ProgressBar(monitor, job.steps, context.name, workers=student.workers,
+                          every_s=job.config.monitor.line_every_s,
+                          look=lambda: room.line(waiting=placing()))  # fmt: skip
+        with records, bar, fitting(trainer, monitor) as outcome:
             taught = _teach(lesson, monitor)
             with sigterm_calls(lambda: _stop(monitor)):
                 outcome.result()

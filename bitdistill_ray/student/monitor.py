@@ -34,6 +34,7 @@ class Monitor:
         self.refused: BitdistillError | None = None
         self.given: Lesson | None = None
         self.stopping = False
+        self.trainer: Any = None
         self.said: list[str] = []
         self.trackers: list[Tracker] = []
 
@@ -60,6 +61,14 @@ class Monitor:
     def is_stopping(self) -> bool:
         """Whether `stop` was called."""
         return self.stopping
+
+    def controlled_by(self, controller: Any) -> None:
+        """Ray Train's controller runs."""
+        self.trainer = controller
+
+    def controller(self) -> Any:
+        """What `controlled_by` was given, None before."""
+        return self.trainer
 
     def say(self, line: str) -> None:
         """Add a line for the driver's terminal."""

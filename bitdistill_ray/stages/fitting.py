@@ -1,0 +1,56 @@
+"""Ray Train beside the driver's other work, and its end when the driver leaves first.
+
+`trainer.fit` runs in a thread: on the main one it would replace the handler of SIGINT by one that ends the process with
+status 1 and no word.  A thread that still waits for Ray when this process lets go of Ray takes the process down (an
+exit without a word, or a segmentation fault: ray-project/ray#31145), so a driver that leaves early, after Ctrl-C or
+because there will be no teachers, first ends what the thread waits for: the controller, which tells the monitor who it
+is as soon as it runs.  Its workers go with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
+
+LOOK_EVERY_S = 0.1
+
+
+class NamesItself(ControllerCallback):  # type: ignore[misc]
+    """A controller with this callback tells the monitor who it is."""
+
+    def __init__(self, monitor: Any) -> None:
+        self.monitor = monitor
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        """Called by the controller, in its process."""
+        self.monitor.controlled_by.remote(ray.get_runtime_context().current_actor)
+
+
+@contextmanager
+def fitting(trainer: TorchTrainer, monitor: Any) -> Iterator[Future[Any]]:
+    """What `trainer`, whose controller `NamesItself` to `monitor`, will return; nothing of it runs after the block."""
+    pool = ThreadPoolExecutor(1, "trainer")
+    outcome = pool.submit(trainer.fit)
+    try:
+        yield outcome
+    finally:
+        while not wait([outcome], timeout=LOOK_EVERY_S).done:
+            _end_controller(monitor)
+        pool.shutdown()
+
+
+def _end_controller(monitor: Any) -> None:
+    """Kill it, if it has told who it is."""
+    try:
+        controller = ray.get(monitor.controller.remote())
+    except RayError:  # nobody to ask: the controller is gone with the rest, and the thread hears of it
+        return
+    if controller is not None:
+        ray.kill(controller)

@@ -1,0 +1,53 @@
+"""A driver that leaves while Ray Train runs takes it along."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.exceptions import ActorDiedError
+from ray.train import RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from bitdistill_ray.stages.fitting import NamesItself, fitting
+from bitdistill_ray.storage import Storage
+from bitdistill_ray.student.monitor import Monitor
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def trainer_of(monitor: object, folder: Path) -> TorchTrainer:
+    return TorchTrainer(
+        for_ever,
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.1}),
+        run_config=RunConfig(name="for-ever", storage_path=str(folder), callbacks=[NamesItself(monitor)]),
+    )
+
+
+def trainer_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("trainer")]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_nothing_waits_for_ray_when_the_driver_leaves(tmp_path: Path, late: bool) -> None:
+    """Left as soon as it began, and left when its controller runs."""
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(Storage(tmp_path), "distill")  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt), fitting(trainer_of(monitor, tmp_path), monitor) as outcome:  # noqa: PT012
+        deadline = time.monotonic() + 120
+        while late and ray.get(monitor.controller.remote()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert trainer_threads()
+        assert not outcome.done()
+        raise KeyboardInterrupt
+    assert not trainer_threads()
+    assert isinstance(outcome.exception(), ActorDiedError)
+    ray.kill(monitor)
