@@ -29,11 +29,11 @@ from bitdistill_ray.bench.server import Server, serving, wait_until_idle
 from bitdistill_ray.bench.subject import format_of
 from bitdistill_ray.core import QuantSpec
 from bitdistill_ray.decode.base import Decoder
-from bitdistill_ray.decode.sampling import Sampling
+from bitdistill_ray.decode.sampling import Sampling, likeliest
 from bitdistill_ray.model.sources import resolve
 from bitdistill_ray.packed.folder import PackedFolder
 from bitdistill_serve.batch import Batch
-from bitdistill_serve.generation import Generation
+from bitdistill_serve.generation import Generation, Text
 from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.service import open_decoder
 
@@ -127,9 +127,9 @@ class Bench:
         began_s = time.perf_counter()
         (logits,) = decoder.prefill([slot], self.load.prompt_tokens)
         assert logits is not None
-        token, read_s = int(logits.argmax()), time.perf_counter()
+        (token, *_), read_s = likeliest(logits[None])[0], time.perf_counter()
         for _ in range(self.load.new_tokens - 1):
-            token = int(decoder.step([slot], [token]).argmax())
+            (token,) = likeliest(decoder.step([slot], [token]))[0]
         written_s = time.perf_counter()
         decoder.free(slot)
         return read_s - began_s, written_s - read_s
@@ -167,13 +167,16 @@ class Bench:
 
     def _offline(self, decoder: Decoder, tokenizer: Any) -> float:
         """The same load on the engine's batch in this process: tokens/s."""
-        batch: Batch[int] = Batch(decoder, tokenizer, stop_ids=frozenset(), prefill_tokens=self.options.prefill_tokens)
+        batch: Batch[int] = Batch(decoder, stop_ids=frozenset(), prefill_tokens=self.options.prefill_tokens)
         sampling = Sampling(temperature=0, max_tokens=self.load.new_tokens)
         began_s = time.perf_counter()
-        for key in range(self.load.streams):
-            batch.add(key, Generation(prompt=tuple(self._prompt(decoder)), sampling=sampling))
+        asked = [Generation(prompt=tuple(self._prompt(decoder)), sampling=sampling) for _ in range(self.load.streams)]
+        texts = [Text(generation, tokenizer) for generation in asked]
+        for key, generation in enumerate(asked):
+            batch.add(key, generation)
         while not batch.idle:
-            batch.advance()
+            for key, growth in batch.advance():
+                texts[key].piece(growth)
         return self.load.streams * self.load.new_tokens / (time.perf_counter() - began_s)
 
     def _overload(self, server: Server, peak: float) -> None:

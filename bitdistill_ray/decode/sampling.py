@@ -76,6 +76,11 @@ class Sampling:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
+    def plain(self) -> bool:
+        """True where the likeliest token is the next, whatever came before."""
+        return self.temperature == 0 and not self.penalises and not self.logit_bias
+
+    @property
     def truncates(self) -> bool:
         """True where top-k or top-p drops tokens (min-p needs no order, so it is not meant)."""
         return self.top_k > 0 or self.top_p < 1
@@ -105,13 +110,26 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def likeliest(logits_BV: Tensor) -> tuple[list[int], list[float]]:
+    """The token with the highest logit of each row, the first of equals, and that logit; a row with a NaN gives it.
+
+    On a CPU by numpy, whose search is vectorised: torch's takes ten times as long.
+    """
+    if logits_BV.device.type == "cpu":
+        rows_BV = logits_BV.numpy()
+        tokens_B = rows_BV.argmax(axis=-1)
+        return tokens_B.tolist(), [float(row[token]) for row, token in zip(rows_BV, tokens_B, strict=True)]
+    best = logits_BV.max(dim=-1)
+    return best.indices.tolist(), best.values.tolist()
+
+
 def sample(logits_BV: Tensor, rows: Sequence[History]) -> list[int]:
     """Choose the next token of every row from fp32 logits; `logits_BV` is left as it was."""
     if any(row.allowed_V is not None or row.sampling.logit_bias for row in rows):
         logits_BV = steered(logits_BV, rows)
     if any(row.sampling.penalises for row in rows):
         logits_BV = penalised(logits_BV, rows)
-    tokens_B = logits_BV.argmax(dim=-1)
+    tokens = likeliest(logits_BV)[0]
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         chosen = [rows[i] for i in drawn]
@@ -121,8 +139,9 @@ def sample(logits_BV: Tensor, rows: Sequence[History]) -> list[int]:
         draws = [uniform(row.sampling.seed, len(row.generated)) for row in chosen]
         target_n1 = _column(draws, cumulative_nV) * cumulative_nV[:, -1:]
         drawn_n1 = torch.searchsorted(cumulative_nV, target_n1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
-        tokens_B[drawn] = drawn_n1[:, 0]
-    return [int(token) for token in tokens_B.tolist()]
+        for i, token in zip(drawn, drawn_n1[:, 0].tolist(), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 def steered(logits_BV: Tensor, rows: Sequence[History]) -> Tensor:

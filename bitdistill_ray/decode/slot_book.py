@@ -97,12 +97,12 @@ class SlotBook:
     def append(self, slots: Sequence[int], tokens: Sequence[int]) -> list[list[int]]:
         """Note one more token for each slot.  Raises CapacityError, and ValueError for a slot not ready to step."""
         self._check(slots, pending=False)
-        for slot in slots:
-            if self.length(slot) >= self.slot_tokens:
+        for slot, token in zip(slots, tokens, strict=True):
+            if self._sequences[slot].length >= self.slot_tokens:
                 raise CapacityError(f"slot {slot}", f"holds {self.slot_tokens} tokens, its limit",
                                     "Finish the sequence, or load the decoder with more slot_tokens")  # fmt: skip
-        if outside := [token for token in tokens if not 0 <= token < self.vocab_size]:
-            raise ValueError(f"token {outside[0]} is not in a vocabulary of {self.vocab_size}")
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token} is not in a vocabulary of {self.vocab_size}")
         for slot, token in zip(slots, tokens, strict=True):
             sequence = self._sequences[slot]
             sequence.tokens[sequence.length :] = [token]
@@ -131,7 +131,8 @@ class SlotBook:
         if len(set(slots)) != len(slots) or not slots:
             raise ValueError(f"slots {list(slots)} must be named once each")
         for slot in slots:
-            if not self._sequences[slot].live or (self.pending(slot) > 0) is not pending:
+            sequence = self._sequences[slot]
+            if not sequence.live or (sequence.length < sequence.prompt) is not pending:
                 raise ValueError(f"slot {slot} is {'not waiting for prefill' if pending else 'not ready to step'}")
 
 

@@ -113,7 +113,7 @@ class NativeDecoder:
         )
         check(status, "native decoder", f"{slots} slots of {slot_tokens} tokens",
               "Give matrices and gains that fit the model's sizes, or fewer slots")  # fmt: skip
-        self._handle = handle.value
+        self._handle, self._forward = handle.value, library().bdk_decoder_forward
         self.vocabulary: int = self._description.struct.vocabulary
         weakref.finalize(self, library().bdk_decoder_free, handle.value)
 
@@ -145,12 +145,10 @@ class NativeDecoder:
         if written.shape != (sum(wanted), self.vocabulary) or len(ids) != sum(counts):
             raise KernelError("out", f"of shape {list(written.shape)} for {sum(wanted)} of {len(ids)} tokens",
                               f"Give {[sum(wanted), self.vocabulary]}, and {sum(counts)} ids")  # fmt: skip
-        numbers = [np.asarray(column, np.int64) for column in (slots, starts, counts, ids, wanted)]
-        status = library().bdk_decoder_forward(
-            self._handle, len(slots), *(column.ctypes.data for column in numbers), written.address
-        )
-        check(status, "native decoder", f"slots {list(slots)} from {list(starts)} on, {list(counts)} tokens",
-              "Give slots, positions and ids within the decoder's")  # fmt: skip
+        columns = [(ctypes.c_int64 * len(column))(*column) for column in (slots, starts, counts, ids, wanted)]
+        if status := self._forward(self._handle, len(slots), *columns, written.address):
+            check(status, "native decoder", f"slots {list(slots)} from {list(starts)} on, {list(counts)} tokens",
+                  "Give slots, positions and ids within the decoder's")  # fmt: skip
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """Write the first `tokens` tokens of one slot's cache over those of another."""

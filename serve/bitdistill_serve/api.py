@@ -90,7 +90,7 @@ def create_api(service: Callable[[], Service]) -> FastAPI:
     return api
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:  # not async, it would run in a thread of its own
     service: Service = request.app.state.service()
     return service
 

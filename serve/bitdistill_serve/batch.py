@@ -10,6 +10,9 @@
 3. every sequence whose prompt is read takes one step, all in one batch;
 4. what ended frees its slot, which the next round fills.
 
+A round that gave somebody a first token says so before the step, which the next call takes first.  What comes out are
+tokens; whoever reads them makes text of them (`generation.Text`), and cancels what a stop string ended.
+
 A prompt that the decoder refuses ends its own sequence only.  A decoder call that fails ends the sequences that took
 part in it, and the others go on.  A sequence that waits or runs for longer than it may fails.
 
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import Generic, TypeVar
 
 import torch
@@ -30,11 +34,10 @@ from torch import Tensor
 
 from bitdistill_ray.decode.base import Decoder
 from bitdistill_ray.decode.logprobs import TokenLogprob, token_logprobs
-from bitdistill_ray.decode.sampling import sample
+from bitdistill_ray.decode.sampling import likeliest, sample
 from bitdistill_ray.errors import BitdistillError, ServeError
-from bitdistill_serve.detokenize import Tokenizer
 from bitdistill_serve.errors import DeadlineError, GrammarError, QueueTimeoutError
-from bitdistill_serve.generation import End, Generation, Job, K, Piece
+from bitdistill_serve.generation import End, Generation, Growth, Job, K
 from bitdistill_serve.rhythm import Rhythm
 from bitdistill_serve.waiting import Waiting
 
@@ -55,25 +58,24 @@ class Deadlines:
 class Batch(Generic[K]):
     """The sequences of one decoder, each known by the key that its owner gave it.  One thread calls it.
 
-    `failures` counts the decoder calls that failed since a sequence last came to a good end; `tokens_held` are those of
-    running sequences in the cache.
+    `failures` counts the decoder calls that failed since a sequence last came to a good end.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: Tokenizer,
         *,
         stop_ids: frozenset[int],
         prefill_tokens: int,
         deadlines: Deadlines = Deadlines(),  # frozen
     ) -> None:
-        self._decoder, self._tokenizer = decoder, tokenizer
+        self._decoder = decoder
         self._stop_ids, self._prefill_tokens, self._deadlines = stop_ids, prefill_tokens, deadlines
         self._waiting: Waiting[Job[K]] = Waiting()
         self._running: list[Job[K]] = []  # those with a slot, in the order in which they got it
-        self._pieces: list[tuple[K, Piece]] = []
-        self.failures = self.tokens_held = 0
+        self._grown: list[tuple[K, Growth]] = []
+        self._step_due = False  # the last call told of first tokens, and left the step
+        self.failures = 0
         self._rhythm = Rhythm()
         self.last_failure: str | None = None
         self._failure: BitdistillError | None = None  # of the attempt that failed last
@@ -81,48 +83,62 @@ class Batch(Generic[K]):
     @property
     def idle(self) -> bool:
         """True when `advance` has nothing to do or to tell."""
-        return not (self._waiting or self._running or self._pieces)
+        return not (self._waiting or self._running or self._grown)
 
     @property
     def running(self) -> int:
         """Sequences with a slot."""
         return len(self._running)
 
+    @property
+    def only_steps(self) -> bool:
+        """True when the next call will read no prompt, so that it takes no longer than a step."""
+        return not len(self._waiting) and all(job.tokens for job in self._running)
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens of running sequences in the cache."""
+        return sum(self._decoder.length(job.slot) for job in list(self._running))
+
     def add(self, key: K, generation: Generation, client: str = "") -> None:
-        """Queue a generation of `client`; its pieces come out of `advance` under `key`."""
-        begin = partial(Job, key, generation, self._tokenizer, client=client, arrived_s=time.monotonic())
+        """Queue a generation of `client`; what it grows by comes out of `advance` under `key`."""
+        begin = partial(Job, key, generation, client=client, arrived_s=time.monotonic())
         job = self._attempt([], begin)
         if job is not None:
             self._waiting.add(job)
         else:
-            self._pieces.append((key, Piece(end=End.FAILED, error=self._failure)))
+            self._grown.append((key, Growth(end=End.FAILED, error=self._failure)))
 
     def cancel(self, key: K) -> None:
         """End a sequence, whatever it is doing, and free its slot now; nothing happens when it has ended."""
         for job in [*self._waiting, *self._running]:
             if job.key == key:
-                self._end(job, Piece(end=End.CANCELLED))
+                self._end(job, Growth(end=End.CANCELLED))
 
-    def advance(self) -> list[tuple[K, Piece]]:
-        """One round; returns what sequences grew by since the last one."""
-        self._expire()
-        self._admit()
-        self._prefill()
-        self._step()
-        self.tokens_held = sum(self._decoder.length(s.slot) for s in self._running)
-        pieces, self._pieces = self._pieces, []
-        return pieces
+    def advance(self) -> list[tuple[K, Growth]]:
+        """One round, or a part of it; returns what sequences grew by since the last call."""
+        if not self._step_due:
+            self._expire()
+            self._admit()
+            self._prefill()
+            self._step_due = any(growth.tokens for _, growth in self._grown)
+        else:
+            self._step_due = False
+        if not self._step_due:
+            self._step()
+        grown, self._grown = self._grown, []
+        return grown
 
     def _expire(self) -> None:
         now_s, limits = time.monotonic(), self._deadlines
         for job in self._waiting if len(self._waiting) else ():
             if now_s - job.arrived_s > limits.queue_s:
                 late = QueueTimeoutError("request", f"waited {limits.queue_s:g} s for a slot", "Send it again later")
-                self._end(job, Piece(end=End.FAILED, error=late))
+                self._end(job, Growth(end=End.FAILED, error=late))
         for job in list(self._running):
             if now_s - job.arrived_s > limits.total_s:
                 over = DeadlineError("request", f"took longer than {limits.total_s:g} s", "Ask for fewer tokens")
-                self._end(job, Piece(end=End.FAILED, error=over))
+                self._end(job, Growth(end=End.FAILED, error=over))
 
     def _admit(self) -> None:
         if not (len(self._waiting) and self._decoder.free_slots):
@@ -135,7 +151,7 @@ class Batch(Generic[K]):
             try:
                 slot = self._decoder.admit(job.generation.prompt, reuse=job.generation.reusable)
             except BitdistillError as error:
-                self._end(job, Piece(end=End.FAILED, error=error))
+                self._end(job, Growth(end=End.FAILED, error=error))
             else:
                 self._waiting.serve(job)
                 job.slot, job.cached = slot, self._decoder.length(slot)
@@ -190,11 +206,11 @@ class Batch(Generic[K]):
             return
         scored = tuple(token_logprobs(logits_TV[: len(following)], following, asked.logprobs or 0))
         done = not self._decoder.pending(slot) and not asked.writes
-        piece = Piece(scored=scored, cached=job.tell_cached(), end=End.LENGTH if done else None)
+        growth = Growth(scored=scored, cached=job.tell_cached(), end=End.LENGTH if done else None)
         if done:
-            self._end(job, piece)
+            self._end(job, growth)
             return
-        self._pieces.append((job.key, piece))
+        self._grown.append((job.key, growth))
         if not self._decoder.pending(slot):
             self._extend([job], logits_TV[-1:])
 
@@ -208,53 +224,66 @@ class Batch(Generic[K]):
                 self._extend(group, logits_BV)
 
     def _extend(self, group: Sequence[Job[K]], logits_BV: Tensor) -> None:
-        """Sample one token for each sequence, and end those that it ends and those whose logits are no numbers."""
-        histories = [self._attempt([job], job.history) for job in group]
-        if None in histories:  # a grammar failed, and its sequence has ended
-            rows = [i for i, history in enumerate(histories) if history is not None]
-            group, logits_BV = [group[i] for i in rows], logits_BV[rows]
-        alive = [history for history in histories if history is not None]
-        if not alive:
-            return
-        finite_B = logits_BV.amax(dim=-1).isfinite().tolist()
-        tokens = self._attempt(group, lambda: sample(logits_BV, alive)) or []
+        """Choose one token for each sequence, and end those that it ends and those whose logits are no numbers."""
+        best, peaks = likeliest(logits_BV)
+        tokens: list[int | None] = [*best]
+        self._draw(group, logits_BV, tokens)
         told = self._told(group, logits_BV, tokens)
-        for job, token, finite in zip(group, tokens, finite_B, strict=False):
-            grow = partial(self._grow, job, token, told.get(job.slot, ()))
-            piece = self._attempt([job], grow) if finite else self._not_finite()
-            if piece is None:
+        for i, (job, token) in enumerate(zip(group, tokens, strict=True)):
+            if token is None:
                 continue
-            if piece.end is None:
-                self._pieces.append((job.key, piece))
+            growth = self._attempt([job], partial(self._grow, job, token, told.get(i, ()), peaks[i]))
+            if growth is None:
+                continue
+            if growth.end is None:
+                self._grown.append((job.key, growth))
             else:
-                self._end(job, piece)
+                self._end(job, growth)
 
-    def _told(
-        self, group: Sequence[Job[K]], logits_BV: Tensor, tokens: Sequence[int]
-    ) -> dict[int, tuple[TokenLogprob, ...]]:
-        """The log-probabilities of those that tell them, by slot."""
-        rows = [i for i, s in enumerate(group) if s.generation.logprobs is not None] if tokens else []
-        if not rows:
-            return {}
-        most = max(group[i].generation.logprobs or 0 for i in rows)
-        every = token_logprobs(logits_BV[rows], [tokens[i] for i in rows], most)
-        return {group[i].slot: (of.cut(group[i].generation.logprobs or 0),) for i, of in zip(rows, every, strict=True)}
-
-    def _grow(self, job: Job[K], token: int, told: tuple[TokenLogprob, ...]) -> Piece:
+    def _grow(self, job: Job[K], token: int, told: tuple[TokenLogprob, ...], peak: float) -> Growth:
+        if not isfinite(peak):
+            return self._not_finite()
         full = self._decoder.length(job.slot) >= self._decoder.slot_tokens
         return job.grow(token, told, stop_ids=self._stop_ids, full=full)
+
+    def _draw(self, group: Sequence[Job[K]], logits_BV: Tensor, tokens: list[int | None]) -> None:
+        """Replace the tokens of those whose next is not simply the likeliest; None where its call failed."""
+        rows, histories = [], []
+        for i, job in enumerate(group):
+            if not job.plain:
+                tokens[i] = None
+                history = self._attempt([job], job.history)
+                if history is not None:
+                    rows.append(i)
+                    histories.append(history)
+        if rows:
+            drawn = self._attempt([group[i] for i in rows], lambda: sample(logits_BV[rows], histories))
+            for i, token in zip(rows, drawn or (), strict=drawn is not None):
+                tokens[i] = token
+
+    def _told(
+        self, group: Sequence[Job[K]], logits_BV: Tensor, tokens: Sequence[int | None]
+    ) -> dict[int, tuple[TokenLogprob, ...]]:
+        """The log-probabilities of those that tell them, by row."""
+        rows = [(i, token) for i, token in enumerate(tokens)
+                if group[i].generation.logprobs is not None and token is not None]  # fmt: skip
+        if not rows:
+            return {}
+        asked = {i: group[i].generation.logprobs or 0 for i, _ in rows}
+        every = token_logprobs(logits_BV[list(asked)], [token for _, token in rows], max(asked.values()))
+        return {i: (of.cut(most),) for (i, most), of in zip(asked.items(), every, strict=True)}
 
     @staticmethod
     def _finite(logits: Tensor) -> bool:
         return bool(logits.amax(dim=-1).isfinite().all())
 
     @staticmethod
-    def _not_finite() -> Piece:
+    def _not_finite() -> Growth:
         error = ServeError("model", "its logits are not finite", "Check the model with `bitdistill evaluate`")
-        return Piece(end=End.FAILED, error=error)
+        return Growth(end=End.FAILED, error=error)
 
-    def _end(self, job: Job[K], last: Piece) -> None:
-        self._pieces.append((job.key, last))
+    def _end(self, job: Job[K], last: Growth) -> None:
+        self._grown.append((job.key, last))
         if last.end in (End.STOP, End.LENGTH):
             self.failures = 0
         if job.slot < 0:
@@ -275,5 +304,5 @@ class Batch(Generic[K]):
             self.last_failure = what = f"{type(error).__name__}: {error}"
             self._failure = ServeError("decoder", what, "Send the request again; the server's log has the cause")
         for job in group:
-            self._end(job, Piece(end=End.FAILED, error=self._failure))
+            self._end(job, Growth(end=End.FAILED, error=self._failure))
         return None

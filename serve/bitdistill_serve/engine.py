@@ -1,8 +1,10 @@
 """The engine: owns a decoder and its loop, takes requests from asyncio and streams text back.
 
 One thread runs `Batch.advance` in a loop and sleeps when there is nothing to do; blocking decoder calls never touch the
-event loop.  Each round costs one hop to the event loop, whatever the number of streams.  A `Stream` keeps what its
-consumer has not read yet and hands it over in one piece: tokens are joined only where the consumer is slower.
+event loop.  A round costs one hop to the event loop at most, whatever the number of streams; there tokens become text,
+while the thread is in its next step.  Steps of a few milliseconds share a hop (`event_ms`): what reads and writes HTTP
+takes caches and memory from the decoder, so fewer and fuller events are faster for everybody.  A `Stream` keeps what
+its consumer has not read yet and hands it over in one piece.
 
 The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with an estimate of when
 a slot gets free.  Its last places are for clients that have none, so that one client never shuts another out.  Requests
@@ -27,7 +29,7 @@ from bitdistill_ray.errors import ServeError
 from bitdistill_serve.batch import Batch, Deadlines
 from bitdistill_serve.detokenize import Tokenizer
 from bitdistill_serve.errors import EngineStoppedError, QueueFullError
-from bitdistill_serve.generation import End, Generation, Piece
+from bitdistill_serve.generation import End, Generation, Growth, Piece, Text
 from bitdistill_serve.metrics import Metrics, Pace, resident_bytes
 from bitdistill_serve.options import ServeOptions
 
@@ -66,9 +68,12 @@ class Stream:
     Iterating ends when all generations have ended, and raises the error of the first one that failed.
     """
 
-    def __init__(self, engine: Engine, generations: Sequence[Generation], client: str, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Engine, generations: Sequence[Generation], client: str, tokenizer: Tokenizer, metrics: Metrics
+    ) -> None:
         self.generations, self.client = tuple(generations), client
         self._engine = engine
+        self._texts = [Text(generation, tokenizer) for generation in generations]
         self.live = set(range(len(generations)))  # not ended, as the engine told so far
         self.started_s = time.monotonic()
         self._pace = [Pace(metrics, self.started_s) for _ in generations]
@@ -95,14 +100,24 @@ class Stream:
         if self.live:
             self._engine.cancel(self)
 
-    def put(self, index: int, piece: Piece) -> None:
-        """The engine's side: one more piece."""
+    def put(self, index: int, growth: Growth) -> Piece | None:
+        """The engine's side: one more piece, which is returned; None after the end that its text came to."""
+        if index not in self.live:
+            return None
+        try:
+            piece = self._texts[index].piece(growth)
+        except Exception as error:  # whatever a tokenizer raises ends what it was for
+            logger.exception("a token could not be made text")
+            what = f"{type(error).__name__}: {error}"
+            failed = ServeError("tokenizer", what, "Send the request again; the server's log has the cause")
+            piece = Piece(end=End.FAILED, error=failed)
         self._unread.setdefault(index, []).append(piece)
         if piece.tokens:
             self._pace[index].grew(piece.tokens)
         if piece.end is not None:
             self.live.discard(index)
         self._arrived.set()
+        return piece
 
 
 class Engine:
@@ -119,12 +134,12 @@ class Engine:
     ) -> None:
         self._batch: Batch[tuple[Stream, int]] = Batch(
             decoder,
-            tokenizer,
             stop_ids=stop_ids,
             prefill_tokens=options.prefill_tokens,
             deadlines=Deadlines(options.queue_s, options.timeout_s),
         )
         self._decoder, self._queue, self._concurrency = decoder, options.queue, options.concurrency
+        self._tokenizer, self._hop_s = tokenizer, options.event_ms / 1e3
         self._metrics = metrics
         self._streams: set[Stream] = set()  # those with live generations
         self._live: Counter[str] = Counter()  # generations of each client, with and without a slot
@@ -202,7 +217,7 @@ class Engine:
             raise self._full(f"{self._live.total()} of {self.limit} places are taken")
         if self._concurrency is not None and self._live[client] + new > self._concurrency:
             raise self._full(f"{self._live[client]} of your {self._concurrency} places are taken")
-        stream = Stream(self, generations, client, self._metrics)
+        stream = Stream(self, generations, client, self._tokenizer, self._metrics)
         self._live[client] += new
         self._streams.add(stream)
         self._metrics.prompt_tokens.inc(sum(len(g.prompt) for g in generations))
@@ -226,11 +241,16 @@ class Engine:
     def _run(self) -> None:
         """The thread."""
         error = EngineStoppedError("engine", "was stopped", "Send the request again")
+        held: list[tuple[tuple[Stream, int], Growth]] = []
+        hopped_s = 0.0
         try:
             while self._await_work():
-                pieces = self._batch.advance()
-                if pieces:
-                    self._loop.call_soon_threadsafe(self._deliver, pieces)
+                held += self._batch.advance()
+                now_s = time.monotonic()
+                late = now_s - hopped_s >= self._hop_s or not self._batch.only_steps
+                if held and (late or any(growth.urgent for _, growth in held)):
+                    self._loop.call_soon_threadsafe(self._deliver, held)
+                    held, hopped_s = [], now_s
         except BaseException as bug:  # a panic of compiled code is no Exception, and clients wait all the same
             logger.exception("the decoding loop ended")
             self._died = f"{type(bug).__name__}: {bug}"
@@ -246,18 +266,23 @@ class Engine:
             command()
         return not self._stopping
 
-    def _deliver(self, pieces: list[tuple[tuple[Stream, int], Piece]]) -> None:
+    def _deliver(self, grown: list[tuple[tuple[Stream, int], Growth]]) -> None:
         """On the event loop: hand pieces to their streams, and give up the places of generations that ended."""
-        tokens = sum(piece.tokens for _, piece in pieces)
-        if tokens:
-            self._metrics.tokens.inc(tokens)
-            self._metrics.batch.observe(tokens)
-        for (stream, index), piece in pieces:
-            stream.put(index, piece)
+        tokens = 0
+        for (stream, index), growth in grown:
+            piece = stream.put(index, growth)
+            if piece is None:
+                continue
+            tokens += piece.tokens
             if piece.cached:
                 self._metrics.cached_tokens.inc(piece.cached)
             if piece.end is not None:
                 self._ended(stream, piece.end)
+                if growth.end is None:  # the thread does not know: it was the text that ended
+                    self._command(partial(self._batch.cancel, (stream, index)))
+        if tokens:
+            self._metrics.tokens.inc(tokens)
+            self._metrics.batch.observe(tokens)
 
     def _ended(self, stream: Stream, end: End) -> None:
         self._metrics.ended(end.value)
@@ -272,4 +297,4 @@ class Engine:
     def _close(self, error: ServeError) -> None:
         """On the event loop, when the thread has ended: fail what it left."""
         for stream in list(self._streams):
-            self._deliver([((stream, i), Piece(end=End.FAILED, error=error)) for i in tuple(stream.live)])
+            self._deliver([((stream, i), Growth(end=End.FAILED, error=error)) for i in tuple(stream.live)])

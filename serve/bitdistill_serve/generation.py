@@ -1,4 +1,9 @@
-"""One generation: what is asked for, what it grew by, and its state between its arrival and its end."""
+"""One generation: what is asked for, its state between its arrival and its end, what it grew by, and that as text.
+
+The decoding thread knows tokens only (`Job`, `Growth`).  They become text where they are read (`Text`): a step streams
+all weights through the caches, so that every line of Python after it costs several times its usual time, and while
+Python makes text the next step is already running.
+"""
 
 from __future__ import annotations
 
@@ -84,27 +89,58 @@ class Piece:
         )
 
 
+@dataclass(slots=True)
+class Growth:
+    """A `Piece` before it is text: `token` is None where there is none, or where the one that ended it has no text."""
+
+    token: int | None = None
+    tokens: int = 0
+    end: End | None = None
+    error: BitdistillError | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    scored: tuple[TokenLogprob, ...] = ()
+    cached: int = 0
+    first: bool = False
+
+    @property
+    def urgent(self) -> bool:
+        """What nobody should wait for: a beginning or an end."""
+        return self.first or self.end is not None
+
+
+class Text:
+    """The text of one generation, and its end at a stop string."""
+
+    __slots__ = ("_detokenizer", "_stops", "stopped")
+
+    def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
+        self._detokenizer = Detokenizer(tokenizer, generation.prompt)
+        self._stops = StopMatcher(generation.stops)
+        self.stopped = False
+        """A stop string came: the decoder may not know it yet, and what it adds is nothing."""
+
+    def piece(self, growth: Growth) -> Piece:
+        """What was told of the generation next, as text."""
+        if self.stopped:
+            return Piece()
+        text = "" if growth.token is None else self._stops.push(self._detokenizer.push(growth.token))
+        end = growth.end
+        if end in (End.STOP, End.LENGTH) and not self._stops.stopped:
+            text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
+        if self._stops.stopped:
+            end, self.stopped = End.STOP, True
+        return Piece(text, growth.tokens, end, growth.error, growth.logprobs, growth.scored, growth.cached)
+
+
 class Job(Generic[K]):
     """A generation between `Batch.add` and its end.  `slot` is -1 while it waits."""
 
-    __slots__ = (
-        "arrived_s",
-        "cached",
-        "client",
-        "detokenizer",
-        "generation",
-        "guide",
-        "key",
-        "slot",
-        "stops",
-        "tokens",
-    )
+    __slots__ = ("arrived_s", "cached", "client", "generation", "guide", "key", "plain", "slot", "tokens")
 
-    def __init__(self, key: K, generation: Generation, tokenizer: Tokenizer, *, client: str, arrived_s: float) -> None:
+    def __init__(self, key: K, generation: Generation, *, client: str, arrived_s: float) -> None:
         self.key, self.generation, self.client, self.arrived_s = key, generation, client, arrived_s
-        self.detokenizer = Detokenizer(tokenizer, generation.prompt)
-        self.stops = StopMatcher(generation.stops)
         self.guide = generation.grammar.guide() if generation.grammar else None
+        self.plain = self.guide is None and generation.sampling.plain  # the likeliest token is the next
         self.slot = -1
         self.tokens: list[int] = []
         self.cached = 0  # not told yet
@@ -114,19 +150,15 @@ class Job(Generic[K]):
         allowed_V = self.guide.allowed() if self.guide else None
         return History(self.generation.sampling, self.generation.prompt, self.tokens, allowed_V)
 
-    def grow(self, token: int, told: tuple[TokenLogprob, ...], *, stop_ids: frozenset[int], full: bool) -> Piece:
-        """Append a token; the piece has an end if this is the last.  `full`: its slot holds no further one."""
+    def grow(self, token: int, told: tuple[TokenLogprob, ...], *, stop_ids: frozenset[int], full: bool) -> Growth:
+        """Append a token; it has an end if this is the last.  `full`: its slot holds no further one."""
         self.tokens.append(token)
         complete = self.guide.take(token) if self.guide else False
         end = End.LENGTH if full or len(self.tokens) >= self.generation.sampling.max_tokens else None
         end = End.STOP if complete else end
         if token in stop_ids and not self.generation.ignore_eos:
-            end, text = End.STOP, ""
-        else:
-            text = self.stops.push(self.detokenizer.push(token))
-        if end is not None and not self.stops.stopped:
-            text += self.stops.push(self.detokenizer.finish()) + self.stops.finish()
-        return Piece(text, 1, End.STOP if self.stops.stopped else end, None, told, (), self.tell_cached())
+            return Growth(None, 1, End.STOP, None, told, (), self.tell_cached())
+        return Growth(token, 1, end, None, told, (), self.tell_cached(), len(self.tokens) == 1)
 
     def tell_cached(self) -> int:
         """The tokens that had not to be read, once."""

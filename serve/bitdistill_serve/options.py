@@ -36,6 +36,9 @@ class ServeOptions(BaseModel):
     """Generations that may wait for a slot; more are answered with 429."""
     prefill_tokens: int = Field(256, ge=1)
     """Prompt tokens read between two tokens of the running sequences, at most."""
+    event_ms: float = Field(16.0, ge=0)
+    """Milliseconds between two events of a stream, at least: tokens that come faster go together, the first and the
+    last ones at once (a screen shows 60 pictures a second)."""
     max_prompt_tokens: int | None = Field(None, ge=1)
     """The longest prompt; empty: as long as its slot allows."""
     max_output_tokens: int | None = Field(None, ge=1)

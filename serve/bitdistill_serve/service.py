@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Iterable
@@ -26,7 +27,7 @@ from bitdistill_serve.rates import Client
 from bitdistill_serve.shares import SharedLedger, client_of
 from bitdistill_serve.token_texts import TokenTexts
 
-SWITCH_S = 0.0005  # a step takes Python's lock back many times, and each time may wait so long for the event loop
+SWITCH_S = 0.0002  # a step takes Python's lock back many times, and each time may wait so long for the event loop
 
 
 @dataclass(slots=True)
@@ -80,7 +81,10 @@ class Service:
         """
         sys.setswitchinterval(SWITCH_S)
         decoder, tokenizer, ends = open_decoder(options)
-        return cls.over(decoder, tokenizer, options, stop_ids=ends, ledger=ledger)
+        service = cls.over(decoder, tokenizer, options, stop_ids=ends, ledger=ledger)
+        gc.collect()
+        gc.freeze()  # the model and the libraries stay: no collection among streams walks through them
+        return service
 
     def start(self) -> None:
         """Start the engine, for requests from the running event loop."""

@@ -19,12 +19,31 @@ from transformers import (
 )
 
 from bitdistill_ray.decode.logprobs import token_logprobs
-from bitdistill_ray.decode.sampling import PREFIX, History, Sampling, kept_probabilities, penalised, sample, uniform
+from bitdistill_ray.decode.sampling import (
+    PREFIX,
+    History,
+    Sampling,
+    kept_probabilities,
+    likeliest,
+    penalised,
+    sample,
+    uniform,
+)
 from bitdistill_ray.errors import ConfigError
 
 
 def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@given(st.lists(st.lists(st.sampled_from([-1.0, 0.0, 2.0, math.inf, -math.inf, math.nan]), min_size=5, max_size=5),
+                min_size=1, max_size=3))  # fmt: skip
+def test_the_likeliest_token_is_torchs(rows: list[list[float]]) -> None:
+    """The first of equals, and a NaN before everything: what a caller then finds is no number."""
+    logits_BV = torch.tensor(rows)
+    tokens, peaks = likeliest(logits_BV)
+    assert tokens == logits_BV.argmax(dim=-1).tolist()
+    assert [math.isfinite(peak) for peak in peaks] == logits_BV.amax(dim=-1).isfinite().tolist()
 
 
 @pytest.mark.parametrize("vocabulary", [50, 3 * PREFIX])

@@ -15,6 +15,7 @@ from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_ray.errors import ModelError, ServeError
 from bitdistill_serve.batch import Batch
+from bitdistill_serve.detokenize import Tokenizer
 from bitdistill_serve.engine import Engine, Status, Stream
 from bitdistill_serve.errors import EngineStoppedError, QueueFullError
 from bitdistill_serve.generation import End, Generation, Piece
@@ -55,10 +56,21 @@ def decoder(slots: int, *, slot_tokens: int = 256) -> FaultyDecoder:
 
 
 @asynccontextmanager
-async def running(decoder: TorchDecoder, *, queue: int = 16, prefill_tokens: int = 8) -> AsyncIterator[Engine]:
-    options = ServeOptions(model="tiny", queue=queue, prefill_tokens=prefill_tokens)
+async def running(
+    decoder: TorchDecoder,
+    *,
+    queue: int = 16,
+    prefill_tokens: int = 8,
+    event_ms: float = 0,
+    tokenizer: Tokenizer | None = None,
+) -> AsyncIterator[Engine]:
+    options = ServeOptions(model="tiny", queue=queue, prefill_tokens=prefill_tokens, event_ms=event_ms)
     engine = Engine(
-        decoder, tiny_tokenizer(), options, stop_ids=frozenset({EOS_ID}), metrics=Metrics("tiny", {"decoder": "torch"})
+        decoder,
+        tokenizer or tiny_tokenizer(),
+        options,
+        stop_ids=frozenset({EOS_ID}),
+        metrics=Metrics("tiny", {"decoder": "torch"}),
     )
     engine.start()
     yield engine
@@ -98,35 +110,38 @@ def test_requests_that_come_and_go_get_their_own_greedy_text() -> None:
 
 
 def test_a_long_prompt_is_read_between_the_steps_of_a_running_sequence() -> None:
-    batch: Batch[str] = Batch(decoder(slots=2), tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=4)
+    batch: Batch[str] = Batch(decoder(slots=2), stop_ids=frozenset(), prefill_tokens=4)
     batch.add("short", ask("A", tokens=200))
-    batch.advance()
+    assert [sum(growth.tokens for _, growth in batch.advance()) for _ in range(2)] == [1, 1]  # at once, then its step
     long = ask(PROMPTS[2], tokens=2)
     batch.add("long", long)
     rounds = 0
     while True:
         rounds += 1
         grown = batch.advance()
-        assert sum(piece.tokens for key, piece in grown if key == "short") == 1
         if any(key == "long" for key, _ in grown):
-            break
+            break  # told at once, before the step
+        assert sum(growth.tokens for key, growth in grown if key == "short") == 1
+    assert [key for key, _ in batch.advance()] == ["short", "long"]
     assert rounds == -(-len(long.prompt) // 4)
 
 
 def test_a_round_reads_no_more_than_its_share_of_all_prompts_together() -> None:
     tiny = decoder(slots=3)
-    batch: Batch[int] = Batch(tiny, tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=16)
+    batch: Batch[int] = Batch(tiny, stop_ids=frozenset(), prefill_tokens=16)
     for key, text in enumerate((PROMPTS[2], PROMPTS[2], "A")):
         batch.add(key, ask(text))
     unread = sum(len(prompt_ids(text)) for text in (PROMPTS[2], PROMPTS[2], "A"))
     while unread:
-        batch.advance()
+        told = {key for key, growth in batch.advance() if growth.first}
         before, unread = unread, sum(tiny.pending(slot) for slot in range(3))
         assert 0 < before - unread <= 16
+        if told:
+            batch.advance()  # the step of that round
 
 
 def test_short_prompts_are_read_together() -> None:
-    batch: Batch[int] = Batch(decoder(slots=4), tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=64)
+    batch: Batch[int] = Batch(decoder(slots=4), stop_ids=frozenset(), prefill_tokens=64)
     for key in range(4):
         batch.add(key, ask("The quick"))
     assert {key for key, _ in batch.advance()} == {0, 1, 2, 3}
@@ -238,6 +253,45 @@ def test_what_a_slow_consumer_missed_comes_in_one_piece() -> None:
 
     (piece,) = asyncio.run(scenario())
     assert piece.text == greedy_text(prompt_ids("The quick"), 12)
+
+
+def test_tokens_that_come_fast_go_together_but_for_the_first_and_the_last() -> None:
+    async def scenario() -> list[int]:
+        async with running(decoder(slots=1), event_ms=60_000) as engine:
+            return [piece.tokens async for _, piece in engine.submit([ask("A", tokens=9)])]
+
+    assert asyncio.run(scenario()) == [1, 8]
+
+
+def test_what_a_tokenizer_cannot_read_ends_its_own_request() -> None:
+    """Text is made on the event loop: the others go on, and the slot is free again."""
+    whole = tiny_tokenizer()
+    unreadable = prompt_ids("雨")[0]
+
+    class Picky:
+        all_special_ids = whole.all_special_ids
+
+        def decode(self, token_ids: list[int], **options: bool) -> str:
+            if unreadable in token_ids:
+                raise OverflowError("no such token")
+            return str(whole.decode(token_ids, **options))
+
+        def convert_ids_to_tokens(self, ids: int) -> str | None:
+            return whole.convert_ids_to_tokens(ids)
+
+    async def scenario() -> Piece:
+        async with running(decoder(slots=2), tokenizer=Picky()) as engine:
+            spared = engine.submit([ask("dog.", tokens=60)])
+            sampling = Sampling(temperature=0, max_tokens=60, logit_bias=((unreadable, 100.0),))
+            struck = engine.submit([Generation(prompt=prompt_ids("A"), sampling=sampling)])
+            with pytest.raises(ServeError, match="no such token"):
+                await read(struck)
+            text = await read(spared)
+            await until_idle(engine)
+            assert engine.health().status is Status.OK
+            return text
+
+    assert asyncio.run(scenario()).text == greedy_text(prompt_ids("dog."), 60)
 
 
 def test_a_failed_step_ends_the_requests_in_it_and_no_others() -> None:

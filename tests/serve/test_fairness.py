@@ -12,7 +12,7 @@ from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_serve.batch import Batch, Deadlines
 from bitdistill_serve.errors import DeadlineError, QueueTimeoutError
-from bitdistill_serve.generation import End, Generation
+from bitdistill_serve.generation import End, Generation, Text
 from bitdistill_serve.rhythm import Rhythm
 from bitdistill_serve.waiting import Waiting
 from tests.serve.references import greedy_text, prompt_ids, shared_model
@@ -51,8 +51,7 @@ def test_clients_take_turns(arrivals: list[str], data: st.DataObject) -> None:
 
 def batch(slots: int, *, prefill_tokens: int = 64, deadlines: Deadlines | None = None) -> Batch[Key]:
     decoder = TorchDecoder(shared_model(), slots=slots, slot_tokens=256)
-    return Batch(decoder, tiny_tokenizer(), stop_ids=frozenset(), prefill_tokens=prefill_tokens,
-                 deadlines=deadlines or Deadlines())  # fmt: skip
+    return Batch(decoder, stop_ids=frozenset(), prefill_tokens=prefill_tokens, deadlines=deadlines or Deadlines())
 
 
 def ask(text: str, tokens: int = 3, common: int = 0) -> Generation:
@@ -67,7 +66,7 @@ def test_a_client_with_many_requests_does_not_starve_another() -> None:
     crowded.add(("one", 0), ask("dog."), "one")
     ended: list[Key] = []
     while not crowded.idle:
-        ended += [key for key, piece in crowded.advance() if piece.end]
+        ended += [key for key, growth in crowded.advance() if growth.end]
     assert ended.index(("one", 0)) <= 2
     assert Counter(client for client, _ in ended) == {"many": 20, "one": 1}
 
@@ -105,15 +104,16 @@ def test_a_common_prompt_is_read_once() -> None:
     prompt = "Numbers such as 1, 2, 3 and 4096 are words too. "
     common = len(prompt_ids(prompt))
     crowded = batch(slots=4, prefill_tokens=8)
-    for number in range(3):
-        crowded.add(("same", number), ask(prompt, tokens=6, common=common))
-    texts, cached = Counter[Key](), Counter[Key]()
+    asked = ask(prompt, tokens=6, common=common)
+    texts = {("same", number): Text(asked, tiny_tokenizer()) for number in range(3)}
+    for key in texts:
+        crowded.add(key, asked)
+    cached = Counter[Key]()
     words: dict[Key, str] = {}
     while not crowded.idle:
-        for key, piece in crowded.advance():
-            cached[key] += piece.cached
-            texts[key] += piece.tokens
-            words[key] = words.get(key, "") + piece.text
+        for key, growth in crowded.advance():
+            cached[key] += growth.cached
+            words[key] = words.get(key, "") + texts[key].piece(growth).text
     assert sorted(cached.values()) == [0, common - 1, common - 1]
     assert set(words.values()) == {greedy_text(prompt_ids(prompt), 6)}
 
@@ -124,8 +124,8 @@ def test_a_common_prompt_is_read_once() -> None:
 def test_nobody_waits_or_runs_for_ever(deadlines: Deadlines, error: type[Exception]) -> None:
     late = batch(slots=1, deadlines=deadlines)
     late.add(("a", 0), ask("A", tokens=200))
-    pieces = [piece for _ in range(2) for _, piece in late.advance()]
-    assert pieces[-1].end is End.FAILED
-    assert isinstance(pieces[-1].error, error)
+    told = [growth for _ in range(3) for _, growth in late.advance()]
+    assert told[-1].end is End.FAILED
+    assert isinstance(told[-1].error, error)
     assert late.idle
     assert late.running == 0

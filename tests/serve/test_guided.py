@@ -12,7 +12,7 @@ from bitdistill_ray.decode.sampling import Sampling
 from bitdistill_ray.decode.torch_decoder import TorchDecoder
 from bitdistill_serve.batch import Batch
 from bitdistill_serve.errors import GrammarError
-from bitdistill_serve.generation import Generation, Piece
+from bitdistill_serve.generation import Generation, Piece, Text
 from bitdistill_serve.grammar import Grammars
 from bitdistill_serve.requests import CompletionRequest
 from tests.serve.in_process import CHAT, GREEDY, ask, error, events
@@ -73,14 +73,19 @@ def test_a_grammar_that_cannot_go_on_ends_its_own_text_only() -> None:
     assert broken is not None
     broken.matcher.consume_token(prompt_ids("A")[0])  # no digit: from here on the matcher is in error
     decoder = TorchDecoder(shared_model(), slots=2, slot_tokens=64)
-    batch: Batch[str] = Batch(decoder, tiny_tokenizer(), stop_ids=frozenset({EOS_ID}), prefill_tokens=64)
+    batch: Batch[str] = Batch(decoder, stop_ids=frozenset({EOS_ID}), prefill_tokens=64)
     greedy = Sampling(temperature=0, max_tokens=6)
-    batch.add("broken", Generation(prompt=prompt_ids("A"), sampling=greedy, grammar=broken))
-    batch.add("spared", Generation(prompt=prompt_ids("dog."), sampling=greedy))
-    pieces: dict[str, list[Piece]] = {"broken": [], "spared": []}
+    asked = {
+        "broken": Generation(prompt=prompt_ids("A"), sampling=greedy, grammar=broken),
+        "spared": Generation(prompt=prompt_ids("dog."), sampling=greedy),
+    }
+    texts = {key: Text(generation, tiny_tokenizer()) for key, generation in asked.items()}
+    pieces: dict[str, list[Piece]] = {key: [] for key in asked}
+    for key, generation in asked.items():
+        batch.add(key, generation)
     while not batch.idle:
-        for key, piece in batch.advance():
-            pieces[key].append(piece)
+        for key, growth in batch.advance():
+            pieces[key].append(texts[key].piece(growth))
     assert isinstance(pieces["broken"][-1].error, GrammarError)
     assert "".join(piece.text for piece in pieces["spared"]) == greedy_text(prompt_ids("dog."), 6)
     assert (batch.failures, decoder.free_slots) == (0, 2)  # it is not the decoder's failure
