@@ -101,13 +101,10 @@ Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(
 
 async def _client(request: Request, service: Served, credentials: Credentials) -> Client:
     """Who asks.  Raises ApiError without a valid key where one is needed, and when its requests are used up."""
-    if service.keys is None:
-        return Client(f"address {request.client.host}" if request.client else "")
-    key = service.keys.find(credentials.credentials) if credentials else None
-    if key is None:
+    client = service.client(credentials.credentials if credentials else None, request.client)
+    if client is None:
         raise ApiError(401, "Send Authorization: Bearer KEY with a key that this server knows",
                        type=ErrorType.AUTHENTICATION, code="invalid_api_key")  # fmt: skip
-    client = service.clients[key.sha256]
     await client.ask()
     return client
 

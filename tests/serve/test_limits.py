@@ -148,6 +148,28 @@ def test_keys_are_asked_for_and_never_told(
     assert secret not in capsys.readouterr().err
 
 
+def test_where_no_place_is_left_a_request_is_refused_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for the key: nobody without one hears how busy the server is."""
+    path, secret = key_file(tmp_path, capsys)
+
+    async def scenario() -> None:
+        async with serving(keys=str(path), slots=1, queue=0) as (client, service):
+            known = {"Authorization": f"Bearer {secret}"}
+            long = BODY | {"max_tokens": 100}
+            first = asyncio.create_task(client.post("/v1/completions", json=long, headers=known))
+            await until(lambda: service.engine.health().running > 0)
+            for place in ("/v1/completions", "/v1/chat/completions", "/v1/classify"):
+                refused = await client.post(place, content=b"{", headers=JSON | known)
+                assert error(refused, 429)["code"] == "queue_full"
+                assert int(refused.headers["retry-after"]) >= 1
+                assert (await client.post(place, json=BODY)).status_code in (400, 401)
+            assert (await client.get("/v1/models", headers=known)).status_code == 200
+            assert (await first).status_code == 200
+            assert (await client.post("/v1/completions", content=b"{", headers=JSON | known)).status_code == 400
+
+    asyncio.run(scenario())
+
+
 def test_a_key_has_rates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, secret = key_file(tmp_path, capsys, "--requests-per-minute", "2", "--tokens-per-minute", "20")
 

@@ -21,6 +21,7 @@ from tests.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.slow
 
 SLOTS, QUEUE = 2, 2
+JSON = {"content-type": "application/json"}
 LONG = {"model": "tiny", "prompt": "A", "temperature": 0, "max_tokens": 8000}  # about ten seconds
 
 
@@ -156,13 +157,23 @@ def test_several_models_by_name(client: httpx.Client, folder: Path, tmp_path: Pa
 
 
 def test_the_command_serves_until_it_is_interrupted(folder: Path) -> None:
+    """By HAProxy, where Ray Serve brings it: hang-ups and refusals come through it as they should."""
     port = free_port()
     command = [sys.executable, "-m", "bitdistill_serve.cli", str(folder), "--port", str(port), "--slots", "2"]
+    command += ["--queue", "2", "--slot-tokens", "8192", "--threads", "1", "--body-bytes", "100000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         ready = next(line for line in server.stdout if "is ready" in line)
         assert f"http://127.0.0.1:{port}/v1" in ready
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny"
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+            assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+            test_a_completion_over_http(client)
+            for stream in (False, True):
+                test_a_client_that_hangs_up_frees_its_slot(client, stream)
+            test_more_than_the_queue_holds_is_refused(client)
+            assert client.post("/v1/completions", content=b"[" * 99_999, headers=JSON).status_code == 400
+            assert client.post("/v1/completions", content=b"x" * 10_000_000, headers=JSON).status_code == 413
+            assert client.get("/v1/models", headers={f"x-{i}": "y" for i in range(120)}).status_code in (400, 431)
         server.send_signal(signal.SIGINT)
         server.communicate(timeout=120)
     assert server.returncode == 0
