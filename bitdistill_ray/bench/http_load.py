@@ -3,15 +3,18 @@ time, and no HTTP library.
 
 A `Reply` has the moment of every chunk.  Clients come all at once and stay (`crowd`), each sending its next request
 when the last was answered; what is refused is sent again after the time that the server named, as good clients do.
+Or they come by chance, as many people do who know nothing of each other, and go when they are refused (`arrivals`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +29,7 @@ class Reply:
     status: int = 0
     retry_after_s: float = 0.0
     chunks_s: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)  # tokens with each chunk, those before it too
     text: str = ""
     tokens: int = 0
     ended_s: float = 0.0
@@ -39,14 +43,20 @@ class Reply:
 
     @property
     def gaps_s(self) -> list[float]:
-        """Seconds between chunks."""
-        return [later - sooner for sooner, later in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
+        """Seconds for each token after the first chunk; those of one chunk share its time.
+
+        A chunk has several where they come fast, or where the first ones were half a character.
+        """
+        told = zip(self.chunks_s, self.counts, strict=True)
+        return [(later_s - sooner_s) / (most - least) for (sooner_s, least), (later_s, most) in pairwise(told)
+                for _ in range(most - least)]  # fmt: skip
 
 
 async def ask(url: str, body: Body, *, hang_up_after: int | None = None) -> Reply:
     """One streamed completion; `hang_up_after` chunks the client goes away."""
     place, reply = urlsplit(url), Reply()
-    content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}}).encode()
+    told = {"include_usage": True, "continuous_usage_stats": True}
+    content = json.dumps({**body, "stream": True, "stream_options": told}).encode()
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
@@ -82,11 +92,13 @@ async def _read(reader: asyncio.StreamReader, reply: Reply, hang_up_after: int |
         event = json.loads(line[6:])
         if "error" in event:
             reply.status = 500
-        elif event["choices"]:
+            continue
+        usage = event.get("usage")  # other servers tell it once, and some with the last text
+        reply.tokens = usage["completion_tokens"] if usage else reply.tokens + len(event["choices"])
+        if event["choices"]:
             reply.chunks_s.append(time.perf_counter())
+            reply.counts.append(reply.tokens)
             reply.text += event["choices"][0]["text"]
-        else:
-            reply.tokens = event["usage"]["completion_tokens"]
         if hang_up_after is not None and len(reply.chunks_s) >= hang_up_after:
             reply.cancelled = True
             return
@@ -110,3 +122,14 @@ async def crowd(clients: int, seconds: float, send: Next) -> list[Reply]:
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return replies
+
+
+async def arrivals(rate: float, seconds: float, send: Next, rng: random.Random) -> list[Reply]:
+    """`rate` requests a second in the mean, each by itself (a Poisson process), for a time; every reply."""
+    sent: list[asyncio.Task[Reply]] = []
+    at_s = time.perf_counter()
+    end_s = at_s + seconds
+    while (at_s := at_s + rng.expovariate(rate)) < end_s:
+        await asyncio.sleep(max(0.0, at_s - time.perf_counter()))
+        sent.append(asyncio.ensure_future(send()))
+    return await asyncio.gather(*sent)

@@ -6,7 +6,7 @@ random token ids, so that none finds its beginning in the cache, and texts go on
 
     stream     one client: tokens/s beside the decoder's steps, time to the first token beside its prefill
     streams    several at once: tokens/s beside the engine driven without HTTP (and beside another server), pauses
-    overload   four times as many clients as places: what still is answered, how fast the rest is refused, memory
+    overload   four times what it can take: what still is answered, how fast the rest is refused, memory
     soak       clients that come, hang up and compare every text with its reference, while replicas are killed
 """
 
@@ -16,13 +16,13 @@ import asyncio
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from bitdistill_ray.bench.http_load import Reply, ask, crowd
+from bitdistill_ray.bench.http_load import Reply, arrivals, ask, crowd
 from bitdistill_ray.bench.models import Size, save_random_packed
 from bitdistill_ray.bench.report import Row, Unit
 from bitdistill_ray.bench.server import Server, serving, wait_until_idle
@@ -38,7 +38,7 @@ from bitdistill_serve.options import ServeOptions
 from bitdistill_serve.service import open_decoder
 
 PARTS = ("stream", "streams", "overload", "soak")
-ROUNDS = 5
+ROUNDS, STREAM_ROUNDS = 5, 21
 OVERLOAD = 4  # times the places of the server
 LEAST_MARGIN = 1e-2  # between the likeliest two tokens of a reference: rounding never decides
 REFERENCES = 8
@@ -106,7 +106,7 @@ class Bench:
     def _stream(self, server: Server, decoder: Decoder) -> None:
         """One client and the decoder alone, in turn."""
         alone, served = [], []
-        for turn in range(ROUNDS + 1):
+        for turn in range(STREAM_ROUNDS + 1):
             own, reply = self._alone(decoder), asyncio.run(ask(server.url, self._body(self._prompt())))
             if turn:  # the first warms both up
                 alone.append(own)
@@ -180,18 +180,23 @@ class Bench:
         return self.load.streams * self.load.new_tokens / (time.perf_counter() - began_s)
 
     def _overload(self, server: Server, peak: float) -> None:
-        """More clients than places."""
-        before = server.memory()
-        began_s = time.perf_counter()
+        """More than it can take: as many requests by chance, and as many clients that stay, all there at once."""
+        rate, seconds = OVERLOAD * peak / self.load.new_tokens, self.load.overload_s
         clients = OVERLOAD * self.options.limit
-        replies = asyncio.run(crowd(clients, self.load.overload_s, lambda: ask(server.url, self._body(self._prompt()))))
-        seconds = time.perf_counter() - began_s
-        grown = server.memory() - before
+        by_chance = arrivals(rate, seconds, lambda: ask(server.url, self._body(self._prompt())), self.rng)
+        self._overloaded(f"overload, {OVERLOAD} times the rate of the peak", server, peak, by_chance)
+        all_at_once = crowd(clients, seconds, lambda: ask(server.url, self._body(self._prompt())))
+        self._overloaded(f"overload, {clients} clients for {self.options.limit} places", server, peak, all_at_once)
+
+    def _overloaded(self, case: str, server: Server, peak: float, load: Coroutine[Any, Any, list[Reply]]) -> None:
+        before, began_s = server.memory(), time.perf_counter()
+        replies = asyncio.run(load)
+        seconds, grown = time.perf_counter() - began_s, server.memory() - before
         done = [reply for reply in replies if reply.status == 200 and reply.whole]
         refused = [reply.ended_s - reply.began_s for reply in replies if reply.status == 429]
-        case = f"overload, {clients} clients for {self.options.limit} places"
         self._row(case, "goodput", Unit.TOKENS_S, sum(reply.tokens for reply in done) / seconds, limit=peak,
                   limit_is=f"{self.load.streams} streams")  # fmt: skip
+        self._row(case, "refused", Unit.COUNT, len(refused))
         if refused:
             self._row(case, "p99 time to a 429", Unit.MILLISECONDS, 1e3 * _percentile(refused, 99))
         lost = sum(not (reply.whole and reply.status == 200) and reply.status != 429 for reply in replies)

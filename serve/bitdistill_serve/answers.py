@@ -36,6 +36,7 @@ from bitdistill_serve.replies import (
     ToolCallDelta,
     Usage,
 )
+from bitdistill_serve.requests import StreamOptions
 from bitdistill_serve.token_texts import TokenTexts
 from bitdistill_serve.tool_calls import CallReader, Read
 
@@ -218,9 +219,9 @@ async def whole(stream: Stream, answer: Answer, charge: Charge) -> Completion | 
     return answer.whole(pieces, answer.usage(count))
 
 
-async def events(stream: Stream, answer: Answer, charge: Charge, *, include_usage: bool) -> AsyncIterator[str]:
+async def events(stream: Stream, answer: Answer, charge: Charge, options: StreamOptions) -> AsyncIterator[str]:
     """Server-sent events, `[DONE]` last.  An error becomes an event, for the status has been sent by then."""
-    left_out = None if include_usage else {"usage"}
+    left_out = None if options.include_usage else {"usage"}
     begun: set[int] = set()
     count = Count()
     try:
@@ -228,9 +229,11 @@ async def events(stream: Stream, answer: Answer, charge: Charge, *, include_usag
             count.add(piece)
             if piece.text or piece.logprobs or piece.scored or _reason(piece) is not None:
                 for chunk in answer.chunks(index, piece, first=index not in begun):
+                    if options.include_usage and options.continuous_usage_stats:
+                        chunk.usage = answer.usage(count)
                     yield f"data: {chunk.model_dump_json(exclude=left_out)}\n\n"
                 begun.add(index)
-        if include_usage:
+        if options.include_usage:
             yield f"data: {answer.last_chunk(answer.usage(count)).model_dump_json()}\n\n"
     except BitdistillError as error:
         yield f"data: {api_error(error).body.model_dump_json()}\n\n"

@@ -202,7 +202,7 @@ def _envelope(
 async def _answer(service: Service, client: Client, body: GenerationRequest, answer: Answer) -> Response | BaseModel:
     stream = await _submitted(service, client, answer.generations, prompts=len(answer.generations) // body.n)
     if body.stream:
-        sent = events(stream, answer, client.charge, include_usage=body.includes_usage)
+        sent = events(stream, answer, client.charge, body.streamed)
         return EventStream(sent, stream)
     return await whole(stream, answer, client.charge)
 

@@ -2,8 +2,9 @@
 
 Starts a Ray of its own, with token authentication under a token that only its processes know, and Ray Serve in it; at
 the end it stops those and nothing else.  Where HAProxy is installed (on Linux it comes with Ray Serve) that is the
-entrance, and replicas answer HTTP themselves; not where clients are known by nothing but their addresses.  `bitdistill serve key` makes an API key (`keys.py`).  On a cluster,
-`serve run bitdistill_serve.app:build model=PATH` does the rest.
+entrance, and replicas answer HTTP themselves; not where clients are known by nothing but their addresses.
+`bitdistill serve key` makes an API key (`keys.py`).  On a cluster, `serve run bitdistill_serve.app:build model=PATH`
+does the rest.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
 
     named = [of.model_dump() | {"name": of.served_name, "model": resolve(of.model)} for of in models]
     env.private_ray_token()  # before ray is imported, which reads it
-    env.serve_at_full_priority()
+    env.serve_at_full_speed()
     import ray
     from ray import serve
 

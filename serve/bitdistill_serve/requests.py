@@ -39,9 +39,13 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class StreamOptions(Strict):
-    """`include_usage` adds a last chunk with the token counts and no choices."""
+    """`include_usage` adds a last chunk with the token counts and no choices.
+
+    `continuous_usage_stats`, as vLLM has it, also adds the counts so far to every chunk.
+    """
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class JsonSchema(Strict):
@@ -151,9 +155,9 @@ class GenerationRequest(Named):
         """How many likelier tokens are told beside each token; None: no log-probabilities at all."""
 
     @property
-    def includes_usage(self) -> bool:
-        """Whether the stream ends with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+    def streamed(self) -> StreamOptions:
+        """`stream_options`, or what stands for them."""
+        return self.stream_options or StreamOptions()
 
 
 class CompletionRequest(GenerationRequest):

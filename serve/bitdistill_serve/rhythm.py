@@ -6,7 +6,7 @@ the number cannot be a constant: it is what takes `MOST_STALL` steps, by running
 
 from __future__ import annotations
 
-MOST_STALL = 1.5  # of a step's time; with the step itself a pause is 2.5 times the usual one
+MOST_STALL = 1.25  # of a step's time; with the step itself a pause is 2.25 times the usual one
 LEAST_TOKENS = 32  # fewer cost nearly as much: a pass over the weights
 NEWEST_WEIGHT = 0.2  # of the newest call
 

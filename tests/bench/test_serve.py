@@ -59,16 +59,19 @@ def test_every_part_but_the_soak(tmp_path: Path) -> None:
         (row["case"], row["metric"]): row
         for row in measured(tmp_path, "--only", "stream,overload", "--overload-s", "2")
     }
-    overload = "overload, 16 clients for 4 places"
+    overloads = "overload, 4 times the rate of the peak", "overload, 16 clients for 4 places"
     assert list(rows) == [
         ("replica", "model loaded"),
         ("one stream", "tokens/s"), ("one stream", "time to first token"),
         ("2 streams", "tokens/s"), ("2 streams", "p99 time per token"),
-        *((overload, metric) for metric in ("goodput", "p99 time to a 429", "errors", "memory grown",
-                                            "first answer afterwards")),
+        *((overload, metric) for overload in overloads
+          for metric in ("goodput", "refused", "p99 time to a 429", "errors", "memory grown",
+                         "first answer afterwards")),
     ]  # fmt: skip
-    assert rows[overload, "errors"]["value"] == 0
-    assert rows[overload, "goodput"]["limit"] == rows["2 streams", "tokens/s"]["value"]
+    for overload in overloads:
+        assert rows[overload, "errors"]["value"] == 0
+        assert rows[overload, "refused"]["value"] > 0
+        assert rows[overload, "goodput"]["limit"] == rows["2 streams", "tokens/s"]["value"]
 
 
 @pytest.mark.soak

@@ -81,6 +81,12 @@ def test_a_stream_tells_its_usage_when_asked() -> None:
     assert all(chunk["usage"] is None for chunk in chunks)
     assert last["choices"] == []
     assert last["usage"]["completion_tokens"] == 8
+    body["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(ask("/v1/completions", body, event_ms=0))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[0] >= 1
+    assert counts[-1] == last["usage"]["completion_tokens"] == 8
 
 
 def test_a_chat_is_written_by_the_template() -> None:

@@ -84,13 +84,13 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     assert rounds <= 2 * len(long.prompt) / 16 + 1  # the other prompt was no long delay for it
 
 
-def test_what_is_read_beside_a_step_takes_its_time_and_half() -> None:
+def test_what_is_read_beside_a_step_takes_its_time_and_a_quarter() -> None:
     rhythm = Rhythm()
     assert rhythm.tokens_beside_a_step(256) == 256  # nothing is known yet
     for _ in range(50):
         rhythm.stepped(0.040)
         rhythm.read(100, 0.100)
-    assert rhythm.tokens_beside_a_step(256) == 60
+    assert rhythm.tokens_beside_a_step(256) == 50
     assert rhythm.tokens_beside_a_step(16) == 16
     for _ in range(50):
         rhythm.read(100, 10.0)
