@@ -16,9 +16,10 @@
 
 namespace {
 
-int failures = 0;
+int checks = 0, failures = 0;
 
 void expect(bool truth, const std::string& what) {
+  ++checks;
   if (truth) return;
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
   ++failures;
@@ -235,6 +236,6 @@ int main() {
     }
   }
   check_refusals(Example(BDK_VALUE_FP16, true, 8));
-  std::printf("%s\n", failures == 0 ? "ok" : "failed");
+  std::printf("%d checks, %d failures\n", checks, failures);
   return failures == 0 ? 0 : 1;
 }

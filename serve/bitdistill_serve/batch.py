@@ -119,8 +119,9 @@ class Batch(Generic[K]):
         """One round, or a part of it; returns what sequences grew by since the last call."""
         if not self._step_due:
             self._expire()
-            self._admit()
-            self._prefill()
+            if not self.only_steps:
+                self._admit()
+                self._prefill()
             self._step_due = any(growth.tokens for _, growth in self._grown)
         else:
             self._step_due = False

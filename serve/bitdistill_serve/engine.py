@@ -278,6 +278,8 @@ class Engine:
 
     def _await_work(self) -> bool:
         """Sleep until there is something to do, and obey the commands; False when the loop is to end."""
+        if not (self._commands or self._stopping or self._batch.idle):
+            return True  # as in most rounds; a command that comes just now is obeyed before the next
         with self._wake:
             self._wake.wait_for(lambda: self._stopping or self._commands or not self._batch.idle)
             commands, self._commands = self._commands, []

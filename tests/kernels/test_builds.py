@@ -1,6 +1,7 @@
-"""The C++ test driver in builds that this machine does not run every day: under sanitizers, and for ARM under qemu.
+"""The C++ test drivers in builds that this machine does not run every day: under sanitizers, and for ARM under qemu.
 
-The driver compares every instruction set with the scalar one, bit for bit, in buffers that end where their shapes do.
+They compare every instruction set with the scalar one, bit for bit, in buffers that end where their shapes do: one the
+products, one the decoder.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ SOURCES = Path(bitdistill_kernels.__file__).resolve().parent.parent
 CROSS_COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-g++", "qemu-aarch64", "/usr/aarch64-linux-gnu"
 
 
-def built(folder: Path, *options: str) -> Path:
-    """The driver, and beside it the library."""
+def built(folder: Path, *options: str) -> list[Path]:
+    """The drivers, and beside them the library."""
     configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), "-DBITDISTILL_DRIVER=ON", *options]
     for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "kernel_driver"
+    return [folder / "kernel_driver", folder / "decoder_driver"]
 
 
 def run(*command: str | Path) -> None:
@@ -41,7 +42,8 @@ def _sources() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
-    run(built(tmp_path, "-DBITDISTILL_SANITIZE=ON"))
+    for driver in built(tmp_path, "-DBITDISTILL_SANITIZE=ON"):
+        run(driver)
 
 
 @pytest.mark.slow
@@ -50,5 +52,5 @@ def test_neon_gives_the_same_bits(tmp_path: Path) -> None:
     if not shutil.which(CROSS_COMPILER) or not shutil.which(EMULATOR):
         pytest.skip(f"needs {CROSS_COMPILER} and {EMULATOR}: Debian's g++-aarch64-linux-gnu and qemu-user")
     arm = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS_COMPILER}")
-    driver = built(tmp_path, *arm)
-    run(EMULATOR, "-cpu", "max", "-L", SYSROOT, "-E", f"LD_LIBRARY_PATH={tmp_path}", driver)
+    for driver in built(tmp_path, *arm):
+        run(EMULATOR, "-cpu", "max", "-L", SYSROOT, "-E", f"LD_LIBRARY_PATH={tmp_path}", driver)
