@@ -185,7 +185,9 @@ def test_a_sweep_makes_its_table_and_goes_on_where_it_was(tmp_path: Path, capsys
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak), (signal.SIGTERM, 143)]
+)
 def test_a_sweep_that_is_told_to_stop_ends_its_rows(tmp_path: Path, number: int, status: int) -> None:
     settings = "\n".join(f"  - {s}" for s in tiny_overrides(tmp_path) if not s.startswith("run="))
     table = f"recipe: demo\nrun: {tmp_path}/table\nset:\n{settings}\nrows: {{only: []}}\n"
