@@ -58,7 +58,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "between 0.01 and 100"),  # fp32 holds logits
             "presence_penalty": (abs(self.presence_penalty) <= 100, "between -100 and 100"),
             "frequency_penalty": (abs(self.frequency_penalty) <= 100, "between -100 and 100"),
             "logit_bias": (

@@ -42,7 +42,10 @@ REFUSALS = {
     504: "it took too long",
 }
 EVENTS: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "The answer, or its stream"}
+    200: {
+        "content": {"text/event-stream": {"schema": {"description": "Chunks, an error perhaps, and then [DONE]"}}},
+        "description": "The answer, or its stream",
+    }
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
 
 from bitdistill_serve.errors import printable
@@ -106,7 +106,7 @@ class Function(Strict):
     name: FunctionName
     description: Text | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
-    strict: bool | None = None
+    strict: StrictBool | None = None
 
     @model_validator(mode="after")
     def _takes_an_object(self) -> Function:

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, model_validator
 from pydantic_core import PydanticCustomError
 
 from bitdistill_serve.messages import Function, Message, Strict, Text, Tool, ToolChoice
@@ -34,7 +34,7 @@ def refused(kind: str, message: str, name: str) -> PydanticCustomError:
 
 
 TokenIds = list[Annotated[StrictInt, Field(ge=0)]]
-Bias = Annotated[float, Field(ge=-100, le=100)]
+Bias = Annotated[StrictFloat, Field(ge=-100, le=100)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
@@ -44,8 +44,8 @@ class StreamOptions(Strict):
     `continuous_usage_stats`, as vLLM has it, also adds the counts so far to every chunk.
     """
 
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
+    include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
 
 
 class JsonSchema(Strict):
@@ -54,7 +54,7 @@ class JsonSchema(Strict):
     name: Text
     description: Text | None = None
     schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
-    strict: bool | None = None
+    strict: StrictBool | None = None
 
 
 class TextFormat(Strict):
@@ -109,20 +109,20 @@ class GenerationRequest(Named):
     a text: `guided_choice` (one of these), `guided_regex`, `guided_json` (a schema).
     """
 
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    max_tokens: StrictInt | None = Field(None, ge=1)
+    temperature: StrictFloat = Field(1.0, ge=0, le=2)
+    top_p: StrictFloat = Field(1.0, gt=0, le=1)
+    top_k: StrictInt = Field(0, ge=0)
+    min_p: StrictFloat = Field(0.0, ge=0, le=1)
+    repetition_penalty: StrictFloat = Field(1.0, ge=0.01, le=100)
+    presence_penalty: StrictFloat = Field(0.0, ge=-2, le=2)
+    frequency_penalty: StrictFloat = Field(0.0, ge=-2, le=2)
     logit_bias: dict[TokenId, Bias] = Field(default_factory=dict, max_length=MAX_BIASES)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    n: StrictInt = Field(1, ge=1, le=MAX_CHOICES)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
-    seed: int | None = None
-    ignore_eos: bool = False
-    stream: bool = False
+    seed: StrictInt | None = None
+    ignore_eos: StrictBool = False
+    stream: StrictBool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat = TextFormat(type="text")
     guided_choice: list[Text] | None = Field(None, min_length=1, max_length=1024)
@@ -168,8 +168,8 @@ class CompletionRequest(GenerationRequest):
     """
 
     prompt: Text | list[Text] | TokenIds | list[TokenIds]
-    max_tokens: int = Field(16, ge=0)
-    echo: bool = False
+    max_tokens: StrictInt = Field(16, ge=0)
+    echo: StrictBool = False
     logprobs: Annotated[StrictInt, Field(ge=0, le=MAX_LOGPROBS)] | Literal[False] | None = None
 
     @model_validator(mode="after")
@@ -198,12 +198,12 @@ class ChatCompletionRequest(GenerationRequest):
     """
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1)
     logprobs: StrictBool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: StrictInt = Field(0, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
-    parallel_tool_calls: bool = True
+    parallel_tool_calls: StrictBool = True
 
     @model_validator(mode="after")
     def _alternatives_of_nothing(self) -> ChatCompletionRequest:

@@ -179,7 +179,7 @@ def test_uniform_is_uniform() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -1), ("temperature", math.nan), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2),
-     ("repetition_penalty", 0), ("max_tokens", 0), ("presence_penalty", math.inf), ("logit_bias", ((1, 101.0),))],
+     ("repetition_penalty", 1e-30), ("max_tokens", 0), ("presence_penalty", math.inf), ("logit_bias", ((1, 101.0),))],
 )  # fmt: skip
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"sampling\.{field}: "):
