@@ -2,9 +2,9 @@
 
 `trainer.fit` runs in a thread: on the main one it would replace the handler of SIGINT by one that ends the process with
 status 1 and no word.  A thread that still waits for Ray when this process lets go of Ray takes the process down (an
-exit without a word, or a segmentation fault: ray-project/ray#31145), so a driver that leaves early, after Ctrl-C or
-because there will be no teachers, first ends what the thread waits for: the controller, which tells the monitor who it
-is as soon as it runs.  Its workers go with it.
+exit without a word, or a segmentation fault: ray-project/ray#31145), so after Ctrl-C or SIGTERM the driver first ends
+what the thread waits for: the controller, which tells the monitor who it is as soon as it runs.  After an error it is
+left to end by itself, as workers do that find a refusal: only then does it give back their room.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ class NamesItself(ControllerCallback):  # type: ignore[misc]
 
 @contextmanager
 def fitting(trainer: TorchTrainer, monitor: Any) -> Iterator[Future[Any]]:
-    """What `trainer`, whose controller `NamesItself` to `monitor`, will return; nothing of it runs after the block."""
+    """What `trainer`, whose controller `NamesItself` to `monitor`, will return; nothing of it outlives an interrupt."""
     pool = ThreadPoolExecutor(1, "trainer")
     outcome = pool.submit(trainer.fit)
+    pool.shutdown(wait=False)
     try:
         yield outcome
-    finally:
+    except KeyboardInterrupt:
         while not wait([outcome], timeout=LOOK_EVERY_S).done:
             _end_controller(monitor)
-        pool.shutdown()
+        raise
 
 
 def _end_controller(monitor: Any) -> None:
-    """Kill it, if it has told who it is."""
+    """End it, if it has told who it is."""
     try:
         controller = ray.get(monitor.controller.remote())
     except RayError:  # nobody to ask: the controller is gone with the rest, and the thread hears of it
