@@ -87,15 +87,15 @@ def serve_at_full_speed() -> None:
     os.environ.setdefault("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0")
 
 
-def serve_through_haproxy(folder: Path, ports: Sequence[int]) -> bool:
+def serve_through_haproxy(folder: Path, ports: Sequence[int]) -> None:
     """Have the Serve of the Ray that this process is about to start entered through HAProxy, if nobody said otherwise.
 
-    Requests then go to replicas over HTTP, and not through a proxy in Python and Ray's calls, which cost a request 8 ms
-    and each event of a stream 1 to 5.  Its files lie in `folder`, which nobody else should read (its socket obeys
+    Requests then go to replicas over HTTP, and not through a proxy in Python and Ray's calls, which take 5 ms longer
+    there and 4 back (docs/LOG.md).  Its files lie in `folder`, which nobody else should read (its socket obeys
     everybody); `ports` are four free ones: its two pages of counters, and those of the proxy that stands by.
     """
     if os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
-        return False
+        return
     files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock", "SERVER_STATE_BASE": "",
              "SERVER_STATE_FILE": "server-state", "METRICS_SOCKET_PATH": "metrics.sock"}  # fmt: skip
     places = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT", "FALLBACK_PROXY_GRPC_PORT")
@@ -105,7 +105,6 @@ def serve_through_haproxy(folder: Path, ports: Sequence[int]) -> bool:
         RAY_SERVE_HAPROXY_NBTHREAD="1",  # of four that would wake on the decoder's cores
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="0",  # no other load balancer has to hear of an end first
     )
-    return True
 
 
 SHARED_CORES = {

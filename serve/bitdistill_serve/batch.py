@@ -122,11 +122,10 @@ class Batch(Generic[K]):
             if not self.only_steps:
                 self._admit()
                 self._prefill()
-            self._step_due = any(growth.tokens for _, growth in self._grown)
-        else:
-            self._step_due = False
-        if not self._step_due:
+        first = not self._step_due and any(growth.tokens for _, growth in self._grown)
+        if not first:
             self._step()
+        self._step_due = first
         grown, self._grown = self._grown, []
         return grown
 

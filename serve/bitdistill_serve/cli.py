@@ -17,9 +17,9 @@ import socket
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
         by_address = host not in ("127.0.0.1", "localhost") and not all(options.keys for options in models)
         with _haproxy(not by_address), _local_ray(models, host, port):
-            _await_entrance(url)
+            _await_entrance(host, port)
             names = ", ".join(options.served_name for options in models)
             print(f"{names} {'is' if len(models) == 1 else 'are'} ready: {url}/v1 (Ctrl-C stops it)", flush=True)
             while True:
@@ -114,15 +114,16 @@ def _haproxy(wanted: bool) -> Iterator[None]:
         yield
 
 
-def _await_entrance(url: str) -> None:
+def _await_entrance(host: str, port: int) -> None:
     """Return when requests get through: HAProxy hears of a replica a little after Serve does."""
     end_s = time.monotonic() + ENTRANCE_S
     while time.monotonic() < end_s:
-        with suppress(OSError), urllib.request.urlopen(f"{url}/-/healthz", timeout=ENTRANCE_S) as answer:
-            if answer.status == 200:
+        with suppress(OSError, HTTPException), closing(HTTPConnection(host, port, timeout=ENTRANCE_S)) as entrance:
+            entrance.request("GET", "/-/healthz")
+            if entrance.getresponse().status == 200:
                 return
         time.sleep(LOOK_EVERY_S)
-    raise ServeError(url, f"did not answer within {ENTRANCE_S:g} s", "Try RAY_SERVE_ENABLE_HA_PROXY=0, and tell us")
+    raise ServeError(f"{host}:{port}", f"does not answer within {ENTRANCE_S:g} s", "Try RAY_SERVE_ENABLE_HA_PROXY=0")
 
 
 @contextmanager

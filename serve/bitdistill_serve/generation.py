@@ -55,21 +55,27 @@ class Generation:
         return len(self.prompt) - 1 if self.score_from is None else self.score_from - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one sequence grew by; its end, and the error of a failure, in the last.
+@dataclass(slots=True, kw_only=True)
+class Told:
+    """What the decoder tells of one sequence; its end, and the error of a failure, in the last.
 
     `tokens` counts what was generated, `cached` the tokens of the prompt that had not to be read.  `logprobs` are of
     generated tokens, `scored` of the prompt's.
     """
 
-    text: str = ""
     tokens: int = 0
     end: End | None = None
     error: BitdistillError | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     scored: tuple[TokenLogprob, ...] = ()
     cached: int = 0
+
+
+@dataclass(slots=True)
+class Piece(Told):
+    """What one sequence grew by."""
+
+    text: str = ""
 
     @classmethod
     def joined(cls, pieces: Iterable[Piece]) -> Piece:
@@ -80,26 +86,20 @@ class Piece:
         every = [first, *others]
         return cls(
             "".join(p.text for p in every),
-            sum(p.tokens for p in every),
-            every[-1].end,
-            every[-1].error,
-            tuple(told for p in every for told in p.logprobs),
-            tuple(told for p in every for told in p.scored),
-            sum(p.cached for p in every),
+            tokens=sum(p.tokens for p in every),
+            end=every[-1].end,
+            error=every[-1].error,
+            logprobs=tuple(told for p in every for told in p.logprobs),
+            scored=tuple(told for p in every for told in p.scored),
+            cached=sum(p.cached for p in every),
         )
 
 
 @dataclass(slots=True)
-class Growth:
+class Growth(Told):
     """A `Piece` before it is text: `token` is None where there is none, or where the one that ended it has no text."""
 
     token: int | None = None
-    tokens: int = 0
-    end: End | None = None
-    error: BitdistillError | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    scored: tuple[TokenLogprob, ...] = ()
-    cached: int = 0
     first: bool = False
 
     @property
@@ -111,25 +111,25 @@ class Growth:
 class Text:
     """The text of one generation, and its end at a stop string."""
 
-    __slots__ = ("_detokenizer", "_stops", "stopped")
+    __slots__ = ("_detokenizer", "_stops")
 
     def __init__(self, generation: Generation, tokenizer: Tokenizer) -> None:
         self._detokenizer = Detokenizer(tokenizer, generation.prompt)
         self._stops = StopMatcher(generation.stops)
-        self.stopped = False
-        """A stop string came: the decoder may not know it yet, and what it adds is nothing."""
 
     def piece(self, growth: Growth) -> Piece:
-        """What was told of the generation next, as text."""
-        if self.stopped:
+        """What was told of the generation next, as text; nothing after a stop string."""
+        if self._stopped():
             return Piece()
         text = "" if growth.token is None else self._stops.push(self._detokenizer.push(growth.token))
-        end = growth.end
-        if end in (End.STOP, End.LENGTH) and not self._stops.stopped:
+        if growth.end in (End.STOP, End.LENGTH) and not self._stopped():
             text += self._stops.push(self._detokenizer.finish()) + self._stops.finish()
-        if self._stops.stopped:
-            end, self.stopped = End.STOP, True
-        return Piece(text, growth.tokens, end, growth.error, growth.logprobs, growth.scored, growth.cached)
+        end = End.STOP if self._stopped() else growth.end
+        return Piece(text, tokens=growth.tokens, end=end, error=growth.error, logprobs=growth.logprobs,
+                     scored=growth.scored, cached=growth.cached)  # fmt: skip
+
+    def _stopped(self) -> bool:
+        return self._stops.stopped
 
 
 class Job(Generic[K]):
@@ -157,8 +157,9 @@ class Job(Generic[K]):
         end = End.LENGTH if full or len(self.tokens) >= self.generation.sampling.max_tokens else None
         end = End.STOP if complete else end
         if token in stop_ids and not self.generation.ignore_eos:
-            return Growth(None, 1, End.STOP, None, told, (), self.tell_cached())
-        return Growth(token, 1, end, None, told, (), self.tell_cached(), len(self.tokens) == 1)
+            return Growth(tokens=1, end=End.STOP, logprobs=told, cached=self.tell_cached())
+        first = len(self.tokens) == 1
+        return Growth(token, first, tokens=1, end=end, logprobs=told, cached=self.tell_cached())
 
     def tell_cached(self) -> int:
         """The tokens that had not to be read, once."""

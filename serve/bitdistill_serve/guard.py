@@ -60,7 +60,8 @@ class Guard:
                 refused = refusal(service, scope)
                 await (error_response(refused) if refused else self._app)(scope, replayed, answer)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            unrouted: str = scope["path"] if scope["path"] in TEXTS else "other"  # as what is refused above
+            route: str = getattr(scope.get("route"), "path", unrouted)
             service.metrics.answered(route, status)
 
 

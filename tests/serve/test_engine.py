@@ -87,7 +87,7 @@ def ask(
 async def read(stream: Stream) -> Piece:
     """The whole of a stream of one generation."""
     pieces = [piece async for _, piece in stream]
-    return Piece("".join(p.text for p in pieces), sum(p.tokens for p in pieces), pieces[-1].end)
+    return Piece("".join(p.text for p in pieces), tokens=sum(p.tokens for p in pieces), end=pieces[-1].end)
 
 
 async def until_idle(engine: Engine) -> None:

@@ -163,6 +163,8 @@ def test_where_no_place_is_left_a_request_is_refused_unread(tmp_path: Path, caps
                 assert error(refused, 429)["code"] == "queue_full"
                 assert int(refused.headers["retry-after"]) >= 1
                 assert (await client.post(place, json=BODY)).status_code in (400, 401)
+                counted = f'route="{place}",status="429"'
+                assert counted in (await client.get("/metrics", headers=known)).text
             assert (await client.get("/v1/models", headers=known)).status_code == 200
             assert (await first).status_code == 200
             assert (await client.post("/v1/completions", content=b"{", headers=JSON | known)).status_code == 400
