@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +19,15 @@ def test_sigterm_is_an_interrupt_while_the_block_runs() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.fixture
+def python_hears_sigint() -> Iterator[None]:
+    """Whatever an earlier test in this process left there: Ray Train's own handler stays after a `fit`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before or signal.default_int_handler)
+
+
+@pytest.mark.usefixtures("python_hears_sigint")
 def test_what_interrupted_a_wait_for_ray_is_told_apart() -> None:
     """Ray's waiting calls swallow the handler's exception and raise one of their own."""
 

@@ -2,9 +2,10 @@
 
 `trainer.fit` runs in a thread: on the main one it would replace the handler of SIGINT by one that ends the process with
 status 1 and no word.  A thread that still waits for Ray when this process lets go of Ray takes the process down (an
-exit without a word, or a segmentation fault: ray-project/ray#31145), so after Ctrl-C or SIGTERM the driver first ends
-what the thread waits for: the controller, which tells the monitor who it is as soon as it runs.  After an error it is
-left to end by itself, as workers do that find a refusal: only then does it give back their room.
+exit without a word, or a segmentation fault: ray-project/ray#31145), so a driver that leaves early waits for it.  After
+an error the students have been refused, and Ray Train ends by itself and gives back their room.  After Ctrl-C or
+SIGTERM, or where that takes too long, the driver ends what the thread waits for: the controller, which tells the
+monitor who it is as soon as it runs; its placement group then stays until the driver leaves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
-LOOK_EVERY_S = 0.1
+LOOK_EVERY_S, PATIENCE_S = 0.1, 30.0
 
 
 class NamesItself(ControllerCallback):  # type: ignore[misc]
@@ -35,15 +36,17 @@ class NamesItself(ControllerCallback):  # type: ignore[misc]
 
 @contextmanager
 def fitting(trainer: TorchTrainer, monitor: Any) -> Iterator[Future[Any]]:
-    """What `trainer`, whose controller `NamesItself` to `monitor`, will return; nothing of it outlives an interrupt."""
+    """What `trainer`, whose controller `NamesItself` to `monitor`, will return; nothing of it outlives an error."""
     pool = ThreadPoolExecutor(1, "trainer")
     outcome = pool.submit(trainer.fit)
     pool.shutdown(wait=False)
     try:
         yield outcome
-    except KeyboardInterrupt:
-        while not wait([outcome], timeout=LOOK_EVERY_S).done:
+    except BaseException as error:
+        patience_s = LOOK_EVERY_S if isinstance(error, KeyboardInterrupt) else PATIENCE_S
+        while not wait([outcome], timeout=patience_s).done:
             _end_controller(monitor)
+            patience_s = LOOK_EVERY_S
         raise
 
 

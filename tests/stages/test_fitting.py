@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,13 @@ def for_ever() -> None:
         time.sleep(1)
 
 
-def trainer_of(monitor: object, folder: Path) -> TorchTrainer:
+def for_a_moment() -> None:
+    time.sleep(2)
+
+
+def trainer_of(monitor: object, folder: Path, work: Callable[[], None] = for_ever) -> TorchTrainer:
     return TorchTrainer(
-        for_ever,
+        work,
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.1}),
         run_config=RunConfig(name="for-ever", storage_path=str(folder), callbacks=[NamesItself(monitor)]),
     )
@@ -61,4 +66,15 @@ def test_nothing_waits_for_ray_when_the_driver_leaves(tmp_path: Path, late: bool
     assert isinstance(outcome.exception(), ActorDiedError)
     for id_ in rooms() - before:  # a driver that leaves takes them along; this one stays
         remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(id_)))
+    ray.kill(monitor)
+
+
+def test_after_an_error_ray_train_ends_by_itself_and_gives_back_its_room(tmp_path: Path) -> None:
+    monitor = ray.remote(Monitor).options(num_cpus=0).remote(Storage(tmp_path), "distill")  # type: ignore[attr-defined]
+    before, trainer = rooms(), trainer_of(monitor, tmp_path, for_a_moment)
+    with pytest.raises(ZeroDivisionError), fitting(trainer, monitor) as outcome:
+        _ = 1 / 0
+    assert not trainer_threads()
+    assert outcome.exception() is None
+    assert rooms() == before
     ray.kill(monitor)
