@@ -37,10 +37,19 @@ def on_cluster_each(functions: Sequence[Work[Result]], context: StageContext) ->
             _wait_for_room(answers, notes, Room(resources, len(answers)))
             results: list[Result] = ray.get(answers)
         except (RayError, ResourceError) as error:
-            for answer in answers:
-                ray.cancel(answer)
+            cancel_unfinished(answers)
             raise user_error(error) or error from None
     return results
+
+
+def cancel_unfinished(tasks: list[Any]) -> None:
+    """Cancel those of `tasks` that run or wait.
+
+    Cancelling one that has just failed takes the driver down without a word: its reply is still being counted then, and
+    Ray's core dies of a task that "was not pending".
+    """
+    for task in ray.wait(tasks, num_returns=len(tasks), timeout=0)[1]:
+        ray.cancel(task)
 
 
 def _wait_for_room(tasks: list[Any], notes: Notes, room: Room) -> None:
