@@ -8,7 +8,9 @@
 //   kScalesFields                   where registers suffice for sums of codes that stay in their places
 //   kStreamTokens, kBlockTokens     tokens of a block that are multiplied while decoding, and the most of a block
 //   kGemmVectors                    registers of rows that are multiplied at a time with a block
-//   kAheadBytes, kNearBytes, kFarBytes   how far ahead memory is asked for (see Ahead); no kFarBytes: by one distance
+//   kAheadBytes, kNearBytes, kFarBytes, kLongBytes   how far ahead memory is asked for (see Ahead); no kFarBytes: by
+//   one
+//                                   distance
 //
 // A block of few tokens streams: codes are decoded, multiplied and forgotten, and what memory needs is asked for
 // ahead of time.  More tokens share one decoding: a panel of columns is unpacked to one byte per code in the first
@@ -89,13 +91,19 @@ class Adder<2> {  // nf3's two signs
 
 // Asks for the memory that a stream will need when some more of its codes have been read.  A tile is asked for in step
 // with what is read of its codes, and its header in as many parts as it has groups: all at once would fill the queue.
-// What decodes slower than memory is read (kFar) is brought to the second cache long before, and to the first from
-// there: the few requests that the first cache has open would otherwise wait for memory and for the decoding in turn.
+// A large first cache is asked kLongBytes ahead.  With a smaller one, what decodes slower than memory is read (kFar) is
+// brought to the second cache long before, and to the first from there: the few requests that the first cache has open
+// would otherwise wait for memory and for the decoding in turn.
 template <bool kFar>
 class Ahead {
  public:
   BDK_INLINE Ahead(const TileLayout& layout, const std::uint8_t* tile)
-      : at_(tile + layout.steps_offset), header_bytes_(layout.steps_offset / layout.groups) {}
+      : at_(tile + layout.steps_offset),
+        header_bytes_(layout.steps_offset / layout.groups),
+        near_(has_large_first_cache() ? kLongBytes
+              : kFar                  ? kNearBytes
+                                      : kAheadBytes),
+        far_(kFar && !has_large_first_cache() ? kFarBytes : 0) {}
 
   BDK_INLINE void group() {
     BDK_NO_UNROLL_LOOP
@@ -112,12 +120,12 @@ class Ahead {
 
  private:
   BDK_INLINE void ask(const std::uint8_t* at) const {
-    if (kFar) prefetch_far(at + kFarBytes);
-    prefetch(at + (kFar ? kNearBytes : kAheadBytes));
+    if (kFar && far_ != 0) prefetch_far(at + far_);
+    prefetch(at + near_);
   }
 
   const std::uint8_t* at_;
-  std::int32_t header_bytes_;
+  std::int32_t header_bytes_, near_, far_;
 };
 
 template <template <int> class Coder, int kTokens>

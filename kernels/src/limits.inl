@@ -6,13 +6,14 @@ template <int kStreams, bool kAsks>
 Ints read_streams(const std::uint8_t* memory, std::int64_t bytes) {
   constexpr int kStride = 256;
   const std::int64_t each = bytes / kStreams / kStride * kStride;
+  const std::int32_t ahead = has_large_first_cache() ? kLongBytes : kAheadBytes;
   Ints sums[4] = {broadcast(0), broadcast(0), broadcast(0), broadcast(0)};
   for (std::int64_t at = 0; at < each; at += kStride) {
     BDK_UNROLL
     for (int stream = 0; stream < kStreams; ++stream) {
       const std::uint8_t* from = memory + stream * each + at;
       if (kAsks) {
-        for (int line = 0; line < kStride; line += 64) prefetch(from + kAheadBytes + line);
+        for (int line = 0; line < kStride; line += 64) prefetch(from + ahead + line);
       }
       BDK_UNROLL
       for (int part = 0; part < kStride / kVectorBytes; ++part)

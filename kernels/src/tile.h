@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "caches.h"
 #include "layout.h"
 
 namespace bdk {
