@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,16 +33,20 @@ def buffer(array: Array, what: str, dtypes: tuple[str, ...]) -> Buffer:
         owner = np.ascontiguousarray(array)
         found = Buffer(owner.ctypes.data, owner.nbytes, owner.dtype.name, array.shape, owner)
     elif hasattr(array, "data_ptr"):
-        if array.device.type != "cpu":
+        if not array.is_cpu:
             raise KernelError(what, f"a tensor on {array.device}", "Move it to the CPU")
-        owner = array.detach().contiguous()
-        dtype = str(owner.dtype).removeprefix("torch.")
-        found = Buffer(owner.data_ptr(), owner.numel() * owner.element_size(), dtype, tuple(owner.shape), owner)
+        owner = array if array.is_contiguous() else array.detach().contiguous()
+        found = Buffer(owner.data_ptr(), owner.nbytes, _name(owner.dtype), tuple(owner.shape), owner)
     else:
         raise KernelError(what, f"a {type(array).__name__}", "Give a numpy array or a torch CPU tensor")
     if found.dtype not in dtypes:
         raise KernelError(what, f"of dtype {found.dtype}", f"Give {' or '.join(dtypes)}")
     return found
+
+
+@functools.cache
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def empty_like(array: ArrayT, shape: tuple[int, ...], dtype: str) -> ArrayT:
