@@ -21,7 +21,7 @@ def runs():
     time.sleep(600)
 
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-for _ in range(1000):
+for _ in range(300):
     task = fails.remote()
     try:
         ray.get(task)
