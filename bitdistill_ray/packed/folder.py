@@ -107,7 +107,10 @@ class PackedFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open a folder and check all but the tensors' own bytes.  Raises PackedError, naming file and tensor."""
+        """Open a folder and check all but the tensors' own bytes.
+
+        Raises PackedError, naming file and tensor, and StorageError where the disk refuses.
+        """
         folder = Path(path)
         config, manifest = Manifest.parse(_read(folder / CONFIG), str(folder / CONFIG))
         for name, sha256 in manifest.files.items():
@@ -208,10 +211,10 @@ def _open_tensors(path: Path) -> Any:
 
 
 def _read(path: Path) -> bytes:
-    if not path.is_file():
-        raise PackedError(str(path), "is missing", "Give the folder of a packed student, or export it again")
-    with storage_errors(str(path)):
-        return path.read_bytes()
+    with storage_errors(str(path)):  # a forged manifest may name what no disk takes
+        if path.is_file():
+            return path.read_bytes()
+    raise PackedError(str(path), "is missing", "Give the folder of a packed student, or export it again")
 
 
 def _write(path: Path, pieces: Iterator[bytes | memoryview] | list[bytes]) -> None:

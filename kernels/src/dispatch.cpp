@@ -6,6 +6,10 @@
 
 #if defined(BDK_X86)
 #include <cpuid.h>
+#if defined(BDK_AMX_BUILT) && !defined(BDK_EMULATE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(BDK_NEON) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -34,6 +38,24 @@ bool has_avx512_vnni() {
 
 bool has_avx512_vbmi() { return has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
 
+#if defined(BDK_EMULATE_AMX)
+bool has_amx_int8() { return has_avx512_vbmi(); }
+#elif defined(BDK_AMX_BUILT)
+// Linux saves the registers of processes that have asked for it; others end with SIGILL at the first use.
+bool may_use_amx() {
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+
+bool has_amx_int8() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kTileAndInt8Bits = 1u << 24 | 1u << 25;
+  return has_avx512_vbmi() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 &&
+         (edx & kTileAndInt8Bits) == kTileAndInt8Bits && may_use_amx();
+}
+#endif
+
 bool has_avx_vnni() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   constexpr unsigned kAvxVnniBit = 1u << 4;
@@ -60,6 +82,9 @@ struct Entry {
 
 const Entry kEntries[] = {
 #if defined(BDK_X86)
+#if defined(BDK_AMX_BUILT)
+    {&kAmxInt8, has_amx_int8},
+#endif
     {&kAvx512Vbmi, has_avx512_vbmi},
     {&kAvx512Vnni, has_avx512_vnni},
     {&kAvxVnni, has_avx_vnni},

@@ -12,6 +12,9 @@ extern const InstructionSet kAvx2;        // AVX2, FMA, F16C
 extern const InstructionSet kAvxVnni;     // those and AVX-VNNI
 extern const InstructionSet kAvx512Vnni;  // AVX512 F, BW, DQ, VL, VNNI
 extern const InstructionSet kAvx512Vbmi;  // those and VBMI
+#if defined(BDK_AMX_BUILT)
+extern const InstructionSet kAmxInt8;  // those and AMX with int8
+#endif
 #elif defined(BDK_NEON)
 extern const InstructionSet kNeonDotprod;  // ARMv8.2 with dot products
 extern const InstructionSet kNeonI8mm;     // those and int8 matrix multiplication

@@ -263,6 +263,10 @@ BDK_INLINE Multiply multiply_of(int tokens, std::integer_sequence<int, kTokensLe
   return kKernels[tokens - 1];
 }
 
+#if defined(BDK_AMX)
+#include "amx.inl"
+#endif
+
 template <typename Decoder>
 void unpack(const Decoder& decoder, const std::uint8_t* at, std::int32_t steps, Ahead<false>* ahead,
             std::uint8_t* panel) {
@@ -299,23 +303,31 @@ void panels(const TileLayout& layout, const std::uint8_t* tile, const Int8Activa
     for (std::int32_t step = 0; step < all; step += kPanelSteps) {
       const std::int32_t steps = all - step < kPanelSteps ? all - step : kPanelSteps;
       unpack(decoder, at, steps, &ahead, panel);
-      for (std::int32_t block = 0; block < x.blocks(); ++block) {
-        const std::int64_t token = x.first_token(block);
-        const int width = static_cast<int>(x.first_token(block + 1) - token);
+      const auto pass_of = [&](std::int64_t token, int width) {
         const std::int64_t place = token * x.groups + index;
-        const Pass pass = {panel,
-                           steps * Decoder::kQuads,
-                           x.values + token * x.padded_columns + column * width,
-                           step == 0,
-                           step + steps == all,
-                           carried + token * Decoder::kOutputs * kTileRows,
-                           group_of(layout, tile, index),
-                           x.sums + place,
-                           x.group_scales == nullptr ? nullptr : x.group_scales + place,
-                           x.groups,
-                           out + token * kTileRows};
-        multiply_of<Decoder::kOutputs, Decoder::kWide>(width, Tokens())(layout, pass);
-      }
+        return Pass{panel,
+                    steps * Decoder::kQuads,
+                    x.values + token * x.padded_columns + column * width,
+                    step == 0,
+                    step + steps == all,
+                    carried + token * Decoder::kOutputs * kTileRows,
+                    group_of(layout, tile, index),
+                    x.sums + place,
+                    x.group_scales == nullptr ? nullptr : x.group_scales + place,
+                    x.groups,
+                    out + token * kTileRows};
+      };
+#if defined(BDK_AMX)
+      if (x.pitch != 0) {
+        fill_up<Decoder>(steps, panel);
+        multiply_by_matrices<Decoder::kOutputs>(layout, pass_of(0, 1), x.tokens, x.pitch);
+      } else
+#endif
+        for (std::int32_t block = 0; block < x.blocks(); ++block) {
+          const std::int64_t token = x.first_token(block);
+          const int width = static_cast<int>(x.first_token(block + 1) - token);
+          multiply_of<Decoder::kOutputs, Decoder::kWide>(width, Tokens())(layout, pass_of(token, width));
+        }
       at += static_cast<std::int64_t>(steps) * Decoder::kStepBytes;
       column += static_cast<std::int64_t>(steps) * layout.step_columns;
     }

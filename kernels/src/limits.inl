@@ -34,6 +34,7 @@ std::uint64_t read(const std::uint8_t* memory, std::int64_t bytes, int way) {
   return all;
 }
 
+#if !defined(BDK_AMX)  // which has one of its own
 std::int64_t multiply_add(std::int64_t rounds) {
   constexpr int kChains = kBlockTokens;
   const std::int8_t values[4] = {1, -1, 2, -2};
@@ -55,3 +56,4 @@ std::int64_t multiply_add(std::int64_t rounds) {
   store(const_cast<std::int32_t*>(kept), sums[0]);
   return std::int64_t{2} * kChains * kLanes * 4;
 }
+#endif

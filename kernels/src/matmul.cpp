@@ -29,6 +29,11 @@ void interleave(const Value* from, std::int64_t columns, std::int32_t width, Val
     std::memcpy(to + column * width, from + column, kUnit * sizeof(Value));
 }
 
+// How an instruction set wants tokens beside each other: see InstructionSet.
+struct Widths {
+  std::int32_t widest, matrix_tokens;
+};
+
 // Scratch for staged tokens: values, sums, scales, and a row for each thread that stages.
 template <typename Value, typename Sum, int kUnit>
 class Staged {
@@ -38,14 +43,17 @@ class Staged {
 
   // False where memory is short.
   template <typename Stage>
-  bool stage(const TileLayout& layout, const float* x, std::int32_t tokens, std::int32_t widest, bool grouped,
+  bool stage(const TileLayout& layout, const float* x, std::int32_t tokens, const Widths& widths, bool grouped,
              Stage stage_row) {
     static thread_local Scratch scratch;
     const std::int64_t padded = layout.padded_columns();
     const std::int64_t row_bytes = round_up(padded * static_cast<std::int64_t>(sizeof(Value)), kAlignment);
     const std::int64_t sum_bytes = round_up(tokens * layout.groups * std::int64_t{4}, kAlignment);
-    const std::int64_t value_bytes = row_bytes * tokens;
-    const bool direct = tokens == 1;  // a block of one is a row
+    const bool apart = widths.matrix_tokens != 0 && tokens >= widths.matrix_tokens;
+    const std::int64_t pitch_bytes = row_bytes + (apart ? kAlignment : 0);  // into different sets of a cache
+    const std::int64_t value_bytes = pitch_bytes * tokens;
+    const std::int64_t pitch = apart ? pitch_bytes / static_cast<std::int64_t>(sizeof(Value)) : 0;
+    const bool direct = tokens == 1 || apart;  // a block of one is a row
     std::uint8_t* memory =
         scratch.reserve(static_cast<std::size_t>((direct ? 1 : 2) * value_bytes + 2 * sum_bytes + kAlignment));
     if (memory == nullptr) return false;
@@ -53,11 +61,11 @@ class Staged {
     Sum* sums = reinterpret_cast<Sum*>(memory + value_bytes);
     float* scales = reinterpret_cast<float*>(memory + value_bytes + sum_bytes);
     std::uint8_t* rows = memory + value_bytes + 2 * sum_bytes;
-    activations = {values, sums, grouped ? scales : nullptr, padded, layout.groups, tokens, widest};
+    activations = {values, sums, grouped ? scales : nullptr, padded, layout.groups, tokens, widths.widest, pitch};
     token_scales = grouped || sizeof(Value) != 1 ? nullptr : scales;
     parallel(tokens, tokens * layout.columns * kStagingWork, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t token = begin; token < end; ++token) {
-        Value* row = direct ? values : reinterpret_cast<Value*>(rows + token * row_bytes);
+        Value* row = direct ? values + token * pitch : reinterpret_cast<Value*>(rows + token * row_bytes);
         stage_row(x + token * layout.columns, row, sums + token * layout.groups,
                   scales + token * (grouped ? layout.groups : 1));
         if (direct) continue;
@@ -104,7 +112,7 @@ void multiply_tiles(const bdk_product* products, std::int64_t begin, std::int64_
 // Products whose weights have groups alike.
 template <typename StagedT, typename Stage, typename Tile>
 int multiply_alike(const bdk_product* products, std::int64_t count, const float* x, std::int64_t tokens,
-                   std::int32_t widest, bool grouped, Stage stage, Tile tile_kernel) {
+                   const Widths& widths, bool grouped, Stage stage, Tile tile_kernel) {
   const TileLayout& layout = products->weight->layout;
   std::int64_t tiles = 0, rows = 0;
   for (std::int64_t index = 0; index < count; ++index) {
@@ -115,7 +123,7 @@ int multiply_alike(const bdk_product* products, std::int64_t count, const float*
   for (std::int64_t round = 0; round < rounds; ++round) {
     const std::int64_t first = tokens * round / rounds, here = tokens * (round + 1) / rounds - first;
     StagedT staged;
-    if (!staged.stage(layout, x + first * layout.columns, static_cast<std::int32_t>(here), widest, grouped,
+    if (!staged.stage(layout, x + first * layout.columns, static_cast<std::int32_t>(here), widths, grouped,
                       [&](const float* from, auto* values, auto* sums, float* scales) {
                         stage(layout, from, values, sums, scales);
                       }))
@@ -135,19 +143,19 @@ int multiply(const bdk_product* products, std::int64_t count, const float* x, st
   const bool grouped = activation == Activation::kInt8PerGroup;
   for (std::int64_t begin = 0, end = 0; begin < count; begin = end) {
     while (end < count && same_groups(products[begin].weight->layout, products[end].weight->layout)) ++end;
-    const auto alike = [&](auto staged, std::int32_t widest, auto stage, auto tile) {
-      return multiply_alike<decltype(staged)>(products + begin, end - begin, x, tokens, widest, grouped, stage, tile);
+    const auto alike = [&](auto staged, const Widths& widths, auto stage, auto tile) {
+      return multiply_alike<decltype(staged)>(products + begin, end - begin, x, tokens, widths, grouped, stage, tile);
     };
     const int status =
         activation == Activation::kFloat
             ? alike(
-                  Staged<float, float, 1>(), set.widest_float,
+                  Staged<float, float, 1>(), Widths{set.widest_float, 0},
                   [&](const TileLayout& layout, const float* from, float* values, float* sums, float*) {
                     set.stage_token(layout, from, values, sums);
                   },
                   set.float_tile)
             : alike(
-                  Staged<std::int8_t, std::int32_t, 4>(), set.widest_int8,
+                  Staged<std::int8_t, std::int32_t, 4>(), Widths{set.widest_int8, set.matrix_tokens},
                   [&](const TileLayout& layout, const float* from, std::int8_t* values, std::int32_t* sums,
                       float* scales) { set.quantize_token(layout, from, grouped, values, sums, scales); },
                   set.int8_tile);

@@ -13,6 +13,7 @@ constexpr int kMostTokens = 144;  // that are multiplied with one tile at a time
 // Staged activations.  The columns are padded group by group as the layout is.  Tokens are cut into blocks of nearly
 // equal width, at most `widest`, one after the other; inside a block, four columns (int8) or one (fp32) of all its
 // tokens stand beside each other, so that a product reads one stream however many tokens it has.
+// Where matrices are multiplied (InstructionSet::matrix_tokens) a token stands after the other, `pitch` values apart.
 template <typename Value, typename Sum>
 struct Activations {
   const Value* values;
@@ -22,6 +23,7 @@ struct Activations {
   std::int32_t groups;
   std::int32_t tokens;
   std::int32_t widest;
+  std::int64_t pitch;  // 0: in blocks
 
   BDK_INLINE std::int32_t blocks() const { return (tokens + widest - 1) / widest; }
   // The first token of a block; that of the block after the last is `tokens`.
@@ -51,6 +53,7 @@ struct InstructionSet {
   std::uint64_t (*read)(const std::uint8_t* memory, std::int64_t bytes, int way);
   // Does rounds * the returned number of int8 multiplications and additions, as fast as it can.
   std::int64_t (*multiply_add)(std::int64_t rounds);
+  std::int32_t matrix_tokens = 0;  // from so many on, int8 activations are staged a token after the other; 0: never
 };
 
 constexpr int kReadWays = 3;

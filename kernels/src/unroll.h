@@ -12,6 +12,9 @@
 #define BDK_NO_UNROLL_LOOP _Pragma("GCC unroll 1")
 #endif
 
+// Makes the compiler store all that is written to where `at` points: for instructions that it does not see reading it.
+#define BDK_STORED(at) __asm__ volatile("" : : "r"(at) : "memory")
+
 // Makes the compiler believe that a register's value has changed.
 #if defined(__aarch64__)
 #define BDK_KEEP(value) __asm__ volatile("" : "+w"(value))

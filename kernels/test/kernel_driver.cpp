@@ -229,7 +229,7 @@ void check_rows_and_shared(std::mt19937* random) {
 
 int main() {
   std::mt19937 random(7);
-  const std::int64_t shapes[][3] = {{1, 1, 1}, {3, 17, 2}, {33, 100, 5}, {64, 576, 13}, {70, 257, 27}};
+  const std::int64_t shapes[][3] = {{1, 1, 1}, {3, 17, 2}, {33, 100, 5}, {64, 576, 13}, {70, 257, 27}, {40, 290, 47}};
   const std::int64_t group_sizes[] = {8, 24, 100, 128};
   int cases = 0;
   bdk_set_threads(3);

@@ -1,4 +1,5 @@
-"""The C++ test drivers in builds that this machine does not run every day: under sanitizers, and for ARM under qemu.
+"""The C++ test drivers in builds that this machine does not run every day: under sanitizers and with AMX's instructions
+as loops, and for ARM under qemu.
 
 They compare every instruction set with the scalar one, bit for bit, in buffers that end where their shapes do: one the
 products, one the decoder.
@@ -42,7 +43,7 @@ def _sources() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_read_or_written_outside(tmp_path: Path) -> None:
-    for driver in built(tmp_path, "-DBITDISTILL_SANITIZE=ON"):
+    for driver in built(tmp_path, "-DBITDISTILL_SANITIZE=ON", "-DBITDISTILL_EMULATE_AMX=ON"):
         run(driver)
 
 

@@ -129,7 +129,7 @@ def test_any_damage_is_refused_or_harmless(original: Path, data: st.DataObject) 
 @given(st.data())
 @settings(max_examples=50_000, deadline=None)
 def test_no_damage_of_very_many_passes(original: Path, data: st.DataObject) -> None:
-    """The same for about ten minutes."""
+    """The same for some minutes."""
     damage_and_read(original, data)
 
 
