@@ -10,6 +10,7 @@ does the rest.
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import re
 import signal
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout, suppress
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ APPLICATION = "bitdistill"
 DRAIN_S = "10"  # after Ctrl-C, unless another time is given
 ENTRANCE_S, LOOK_EVERY_S = 60.0, 0.05
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
+SILENT = {**QUIET, "log_level": "ERROR"}  # Serve itself: it advises to listen on every network, for its HAProxy's sake
 _KEYS = [name for name in ServeOptions.model_fields if name != "model"]
 
 
@@ -153,7 +155,7 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
-            logging_config=QUIET,
+            logging_config=SILENT,
         )
         try:
             serve.run(build({"models": named}), name=APPLICATION, route_prefix="/", logging_config=QUIET)
@@ -165,8 +167,9 @@ def _local_ray(models: Sequence[ServeOptions], host: str, port: int) -> Iterator
             ) from None
         yield
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        with redirect_stdout(io.StringIO()):  # Ray reports there that Serve's controller, told to end, has ended
+            serve.shutdown()
+            ray.shutdown()
 
 
 if __name__ == "__main__":
