@@ -8,8 +8,8 @@ namespace bdk {
 const VectorOps& vector_ops() {
   const InstructionSet* chosen = instruction_set(chosen_instruction_set());
 #if defined(BDK_X86)
-  if (chosen == &kAvx512Vbmi || chosen == &kAvx512Vnni) return kAvx512Ops;
   if (chosen == &kAvxVnni || chosen == &kAvx2) return kAvx2Ops;
+  if (chosen != &kScalar) return kAvx512Ops;
 #elif defined(BDK_NEON)
   if (chosen != &kScalar) return kNeonOps;
 #else
