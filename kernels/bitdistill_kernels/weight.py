@@ -181,7 +181,7 @@ def matmul_shared(
         products, weights, shapes, ys, biases or [None] * len(weights), strict=True
     ):
         written = buffer(y, "out", ("float32",))
-        if written.shape != shape or written.owner is not y:
+        if written.shape != shape or written.address != address_of(y):
             raise KernelError("out", f"of shape {list(written.shape)} or not contiguous", f"Give {list(shape)}")
         added = None if bias is None else buffer(bias, "bias", ("float32",))
         if added is not None and added.shape != shape[-1:]:

@@ -56,7 +56,7 @@ inline void matrix_dot(int sums, int tokens, int codes) {
     std::memcpy(emulated[sums].lines[token], line, sizeof line);
   }
 }
-#else
+#else  // macros, for the numbers of registers are part of the instructions
 #define matrix_shapes(shapes) _tile_loadconfig(shapes)
 #define matrix_end() _tile_release()
 #define matrix_zero(to) _tile_zero(to)

@@ -8,9 +8,7 @@
 //   kScalesFields                   where registers suffice for sums of codes that stay in their places
 //   kStreamTokens, kBlockTokens     tokens of a block that are multiplied while decoding, and the most of a block
 //   kGemmVectors                    registers of rows that are multiplied at a time with a block
-//   kAheadBytes, kNearBytes, kFarBytes, kLongBytes   how far ahead memory is asked for (see Ahead); no kFarBytes: by
-//   one
-//                                   distance
+//   kAheadBytes, kNearBytes, kFarBytes   how far ahead memory is asked for (see Ahead); no kFarBytes: by one distance
 //
 // A block of few tokens streams: codes are decoded, multiplied and forgotten, and what memory needs is asked for
 // ahead of time.  More tokens share one decoding: a panel of columns is unpacked to one byte per code in the first
@@ -91,16 +89,16 @@ class Adder<2> {  // nf3's two signs
 
 // Asks for the memory that a stream will need when some more of its codes have been read.  A tile is asked for in step
 // with what is read of its codes, and its header in as many parts as it has groups: all at once would fill the queue.
-// A large first cache is asked kLongBytes ahead.  With a smaller one, what decodes slower than memory is read (kFar) is
-// brought to the second cache long before, and to the first from there: the few requests that the first cache has open
-// would otherwise wait for memory and for the decoding in turn.
+// A large first cache is asked kLargeCacheAheadBytes ahead.  With a smaller one, what decodes slower than memory is
+// read (kFar) is brought to the second cache long before, and to the first from there: the few requests that the first
+// cache has open would otherwise wait for memory and for the decoding in turn.
 template <bool kFar>
 class Ahead {
  public:
   BDK_INLINE Ahead(const TileLayout& layout, const std::uint8_t* tile)
       : at_(tile + layout.steps_offset),
         header_bytes_(layout.steps_offset / layout.groups),
-        near_(has_large_first_cache() ? kLongBytes
+        near_(has_large_first_cache() ? kLargeCacheAheadBytes
               : kFar                  ? kNearBytes
                                       : kAheadBytes),
         far_(kFar && !has_large_first_cache() ? kFarBytes : 0) {}

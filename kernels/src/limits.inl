@@ -6,7 +6,7 @@ template <int kStreams, bool kAsks>
 Ints read_streams(const std::uint8_t* memory, std::int64_t bytes) {
   constexpr int kStride = 256;
   const std::int64_t each = bytes / kStreams / kStride * kStride;
-  const std::int32_t ahead = has_large_first_cache() ? kLongBytes : kAheadBytes;
+  const std::int32_t ahead = has_large_first_cache() ? kLargeCacheAheadBytes : kAheadBytes;
   Ints sums[4] = {broadcast(0), broadcast(0), broadcast(0), broadcast(0)};
   for (std::int64_t at = 0; at < each; at += kStride) {
     BDK_UNROLL

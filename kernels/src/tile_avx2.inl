@@ -20,7 +20,6 @@ constexpr int kGemmVectors = 2;
 constexpr int kAheadBytes = 4096;
 constexpr int kNearBytes = 4096;
 constexpr int kFarBytes = 0;
-constexpr int kLongBytes = 8192;
 constexpr bool kScalesFields = false;  // their sums would not fit into 16 registers
 
 using Bytes = __m256i;

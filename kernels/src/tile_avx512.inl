@@ -22,7 +22,6 @@ constexpr int kGemmVectors = 2;
 constexpr int kAheadBytes = 4096;
 constexpr int kNearBytes = 1024;
 constexpr int kFarBytes = 8192;
-constexpr int kLongBytes = 8192;
 constexpr bool kScalesFields = true;
 
 using Bytes = __m512i;

@@ -22,7 +22,6 @@ constexpr int kGemmVectors = 4;
 constexpr int kAheadBytes = 2048;
 constexpr int kNearBytes = 2048;
 constexpr int kFarBytes = 0;
-constexpr int kLongBytes = 2048;
 constexpr bool kScalesFields = false;
 
 using Bytes = uint8x16_t;

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kTokenBlock = 48;            // whose inputs stay in the second-level cache while all rows pass
 constexpr bool kWide = Vec::kLanes == 16;  // 32 registers
-constexpr std::int64_t kAskedAheadBytes = 8192;
 
 // How values of one stored type are read.
 struct Fp32Values {
@@ -73,7 +72,7 @@ void dense_tile(const typename Values::Stored* weight, std::int64_t columns, con
     if (asks) {
       BDK_UNROLL
       for (std::int64_t line = 0; line < kRoundBytes; line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(weight + at) + kAskedAheadBytes + line);
+        __builtin_prefetch(reinterpret_cast<const char*>(weight + at) + kLargeCacheAheadBytes + line);
     }
     BDK_UNROLL
     for (int chain = 0; chain < kChains; chain += 2) {
